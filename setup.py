@@ -1,0 +1,29 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="esl_fast",
+    version="0.1.0",
+    description="Enhanced Semantic Similarity Learning (ESL) for image-text matching, as fast as the hardware allows",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["esl_fast", "esl_fast.*"]),
+    package_data={"esl_fast.model": ["configs/*.json"], "esl_fast.training": ["recipes/*.yaml"]},
+    install_requires=[
+        "torch>=2.6",
+        "triton>=3.2; platform_system == 'Linux'",
+        "open_clip_torch>=2.30",
+        "numpy",
+        "pillow",
+        "safetensors",
+        "tqdm",
+        "pyyaml",
+    ],
+    extras_require={
+        "train": ["jsonargparse[signatures]>=4.30", "tensorboard", "matplotlib"],
+        "test": ["pytest>=8", "pytest-benchmark", "ruff", "jsonargparse[signatures]>=4.30", "tensorboard", "matplotlib"],
+    },
+)
