@@ -1,0 +1,7 @@
+"""esl_fast: Enhanced Semantic Similarity Learning for image-text matching, as fast as the hardware allows."""
+
+from esl_fast.model import ESLHead, load_checkpoint, save_checkpoint
+from esl_fast.ops import retrieval_ranks, use_backend
+
+__version__ = "0.1.0"
+__all__ = ["ESLHead", "load_checkpoint", "retrieval_ranks", "save_checkpoint", "use_backend"]

@@ -1,0 +1,180 @@
+"""Model files: our own (safetensors with JSON beside) and the official code's (.pth), read without running them."""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from esl_fast.model import official, towers
+from esl_fast.model.model import MatchingModel, ModelConfig
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read; the message names the file and what is wrong with it."""
+
+
+class _Inert:
+    """Stands for the configuration objects that official checkpoints pickle: holds attributes, does nothing."""
+
+
+# The only foreign names an official checkpoint may mention; each becomes an `_Inert`.
+KNOWN_CONFIGS = ("config.all_config.AllConfig", "argparse.Namespace")
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A new folder that takes the place of ``folder`` when the block ends well, and vanishes when it does not.
+
+    At every moment either ``folder`` or ``folder.old`` is a complete former one (see :func:`existing`).
+    """
+    new = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
+    old = folder.with_name(f"{folder.name}.old")
+    new.mkdir(parents=True)
+    try:
+        yield new
+        for path in new.iterdir():
+            _sync(path)
+        _sync(new)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+        for stale in folder.parent.glob(f"{folder.name}.tmp-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def existing(folder: Path) -> Path:
+    """``folder``, or what it was before a replacement that never finished."""
+    old = folder.with_name(f"{folder.name}.old")
+    return old if not folder.exists() and old.exists() else folder
+
+
+def write_model(model: MatchingModel, folder: Path) -> None:
+    """Weights and configuration into an existing folder."""
+    weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    save_file(weights, folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
+
+
+def save_checkpoint(model: MatchingModel, folder: str | Path) -> None:
+    """Save a model for :func:`load_checkpoint`, replacing ``folder`` as a whole or not at all."""
+    with replacing(Path(folder)) as new:
+        write_model(model, new)
+
+
+def load_checkpoint(path: str | Path) -> MatchingModel:
+    """Load a model in evaluation mode on the CPU.
+
+    Args:
+        path: a folder written by training or :func:`save_checkpoint` (or the weights file in it), or an official
+            global checkpoint (``.pth``).
+
+    Raises:
+        FileNotFoundError: nothing there.
+        CheckpointError: not a checkpoint, damaged, or (official) holding anything but tensors and plain data;
+            nothing in the file is ever executed.
+    """
+    path = existing(Path(path))
+    if path.name == WEIGHTS:
+        path = path.parent
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    return (_load_own(path) if path.is_dir() else _load_official(path)).eval()
+
+
+def _load_own(folder: Path) -> MatchingModel:
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} is not a checkpoint: it has no {name}")
+    try:
+        config = ModelConfig(**json.loads((folder / CONFIG).read_text()))
+        weights = load_file(folder / WEIGHTS)
+        model = MatchingModel(config)
+        model.load_state_dict(weights)
+    except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"cannot read checkpoint {folder}: {error}") from error
+    return model
+
+
+def _load_official(path: Path) -> MatchingModel:
+    contents = read_pth(path)
+    if not isinstance(contents, dict) or not isinstance(contents.get("state_dict"), dict):
+        raise CheckpointError(f"{path} is not an official global ESL checkpoint: it has no `state_dict`")
+    try:
+        return model_from_official(contents["state_dict"])
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(f"cannot read official checkpoint {path}: {error}") from error
+
+
+def read_pth(path: str | Path) -> Any:
+    """Contents of a PyTorch file of tensors and plain data; objects of the official configurations become inert.
+
+    Raises CheckpointError, before anything has run, if the file names any other function or class.
+    """
+    try:
+        with torch.serialization.safe_globals([(_Inert, name) for name in KNOWN_CONFIGS]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged or hostile file makes the unpickler raise
+        raise CheckpointError(f"refused to load {path}: {_reason(path, error)}") from error
+
+
+def _reason(path: str | Path, error: Exception) -> str:
+    try:
+        foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - set(KNOWN_CONFIGS)
+    except Exception:
+        foreign = set()
+    if foreign:
+        return f"it would run {', '.join(sorted(foreign))}; only tensors and plain data are read"
+    return f"not a readable PyTorch checkpoint ({type(error).__name__}: {str(error).splitlines()[0]})"
+
+
+def model_from_official(state_dict: dict[str, Tensor]) -> MatchingModel:
+    """Model from official global weights: ``clip.*`` towers and ``pool_frames.*`` head."""
+    state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    clip = {
+        key.removeprefix(official.CLIP_PREFIX): value
+        for key, value in state_dict.items()
+        if key.startswith(official.CLIP_PREFIX)
+    }
+    head, head_weights = official.read_head(state_dict)
+    config = official.read_clip_config(clip)
+    config["preprocess"] = towers.default_preprocess()
+    model = MatchingModel(
+        ModelConfig(
+            similarity=f"esl-{head['aggregator']}",
+            kernel_size=head["kernel_size"],
+            num_levels=head["num_levels"],
+            clip=config,
+        )
+    )
+    for key in ("input_resolution", "context_length", "vocab_size"):
+        clip.pop(key, None)
+    model.logit_scale.data.copy_(clip.pop("logit_scale").reshape(()))
+    visual = {k.removeprefix("visual."): v for k, v in clip.items() if k.startswith("visual.")}
+    model.image_tower.load_state_dict(visual)
+    model.text_tower.load_state_dict({k: v for k, v in clip.items() if not k.startswith("visual.")})
+    model.head.load_state_dict(head_weights)
+    return model

@@ -1,0 +1,144 @@
+"""Similarity heads: from features of both sides to scores."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from esl_fast import ops
+from esl_fast.model import official
+from esl_fast.model.parts import Contribution, check_levels, make_aggregator
+
+
+class Head(nn.Module):
+    """A similarity that is an inner product of two derived vectors, ``image_units . fold(text_units)``.
+
+    Subclasses say what the units are and how a side is folded; whatever consumes a similarity (loss, ranks,
+    top k) takes the two sides that :meth:`sides` gives and never needs to know which head they came from.
+    """
+
+    embed_dim: int
+
+    def image_units(self, x: Tensor) -> Tensor:
+        """Units ``(N, U)`` of image features ``(N, d)``."""
+        raise NotImplementedError
+
+    def text_units(self, y: Tensor) -> Tensor:
+        """Units ``(M, U)`` of text features ``(M, d)``."""
+        raise NotImplementedError
+
+    def fold(self, units: Tensor, side: str) -> Tensor:
+        """Units of ``side`` (``"image"`` or ``"text"``) with the contributions folded in."""
+        raise NotImplementedError
+
+    def sides(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+        """The two vectors an item whose inner product is the similarity; the smaller side carries the folding."""
+        image_units, text_units = self.image_units(image_features), self.text_units(text_features)
+        if image_units.dtype != text_units.dtype:
+            common = torch.promote_types(image_units.dtype, text_units.dtype)
+            image_units, text_units = image_units.to(common), text_units.to(common)
+        if image_units.shape[0] < text_units.shape[0]:
+            return self.fold(image_units, "image"), text_units
+        return image_units, self.fold(text_units, "text")
+
+    def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """Similarity ``(N, M)`` of image features ``(N, d)`` and text features ``(M, d)``.
+
+        Features as they come from the towers (not normalised), any float dtype; the result has their dtype.
+        Raises TypeError or ValueError for integer tensors, wrong sizes, different devices and (on a CPU)
+        non-finite features.
+        """
+        for name, features in (("image_features", image_features), ("text_features", text_features)):
+            ops.checks.matrix(name, features, self.embed_dim)
+            ops.checks.finite(name, features)
+        ops.checks.same_device(
+            image_features=image_features, text_features=text_features, **dict(list(self.named_parameters())[:1])
+        )
+        return ops.similarity(*self.sides(image_features, text_features))
+
+
+class ESLHead(Head):
+    """ESL over one embedding an image and one a caption (the global variant).
+
+    ``S[i, j] = (1 / (L+1)) * sum_k degree_k * x_k(i)^T D_k y_k(j)`` over levels k = 0..L.
+
+    Args:
+        embed_dim: d, the width of the features on both sides.
+        kernel_size: s, each level has ``floor(1/s)`` of its predecessor's units.
+        num_levels: L, levels beyond the embedding itself.
+        aggregator: ``"heuristic"`` (a learned filter a level) or ``"adaptive"`` (a learned sparse matrix a level).
+
+    Raises:
+        ValueError: sizes that leave a level without units.
+    """
+
+    def __init__(self, embed_dim: int, kernel_size: int = 2, num_levels: int = 8, aggregator: str = "heuristic") -> None:
+        super().__init__()
+        self.dims = check_levels(embed_dim, kernel_size, num_levels, aggregator)
+        self.embed_dim, self.kernel_size, self.num_levels = embed_dim, kernel_size, num_levels
+        self.aggregator = aggregator
+        self.image = make_aggregator(aggregator, self.dims, kernel_size, "image", normalize=True)
+        self.text = make_aggregator(aggregator, self.dims, kernel_size, "text", normalize=True)
+        self.contribution = Contribution(self.dims)
+
+    def image_units(self, x: Tensor) -> Tensor:
+        return self.image(x)
+
+    def text_units(self, y: Tensor) -> Tensor:
+        return self.text(y)
+
+    def degrees(self) -> Tensor:
+        """Contribution degree of each level ``(L+1,)``."""
+        return self.contribution.degrees()
+
+    def fold(self, units: Tensor, side: str) -> Tensor:
+        return self.contribution.fold(units, side)
+
+    @classmethod
+    def from_official(cls, state_dict: Mapping[str, Tensor]) -> "ESLHead":
+        """Head from the official code's weights; names with or without ``pool_frames.``, other keys are ignored.
+
+        Aggregator, embedding size and levels follow from the shapes. Raises ValueError naming what is missing.
+        """
+        config, weights = official.read_head(state_dict)
+        head = cls(**config)
+        head.load_state_dict(weights)
+        return head.to(next(iter(weights.values())).dtype)
+
+    def to_official(self) -> dict[str, Tensor]:
+        """The head's weights under the official names; :meth:`from_official` restores them exactly."""
+        return official.write_head(self.state_dict(), self.aggregator)
+
+    def extra_repr(self) -> str:
+        return (
+            f"embed_dim={self.embed_dim}, kernel_size={self.kernel_size}, num_levels={self.num_levels}, "
+            f"aggregator={self.aggregator!r}"
+        )
+
+
+class CosineHead(Head):
+    """Plain cosine similarity: the baseline, behind the same interface."""
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__()
+        self.embed_dim = embed_dim
+
+    def image_units(self, x: Tensor) -> Tensor:
+        return nn.functional.normalize(x, dim=-1)
+
+    text_units = image_units
+
+    def fold(self, units: Tensor, side: str) -> Tensor:
+        return units
+
+
+SIMILARITIES = ("esl-heuristic", "esl-adaptive", "cosine")
+
+
+def make_head(similarity: str, embed_dim: int, kernel_size: int = 2, num_levels: int = 8) -> Head:
+    """Head by the name that the training script uses."""
+    if similarity not in SIMILARITIES:
+        raise ValueError(f"similarity is {similarity!r}; accepted: {', '.join(map(repr, SIMILARITIES))}")
+    if similarity == "cosine":
+        return CosineHead(embed_dim)
+    return ESLHead(embed_dim, kernel_size, num_levels, aggregator=similarity.removeprefix("esl-"))

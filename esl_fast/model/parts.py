@@ -1,0 +1,89 @@
+"""The learned parts of an ESL head: one aggregator a modality, one set of contributions."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from esl_fast import ops
+from esl_fast.reference.aggregate import level_dims
+
+AGGREGATORS = ("heuristic", "adaptive")
+# What the next level reads on each side (see ops.aggregate).
+CHAIN = {"image": "normalized", "text": "raw"}
+CHANNELS = 4  # of a heuristic level's convolution; they act as their sum
+
+
+def check_levels(embed_dim: int, kernel_size: int, num_levels: int, aggregator: str) -> list[int]:
+    """Sizes of all levels; one clear ValueError for sizes that the definition does not allow."""
+    if aggregator not in AGGREGATORS:
+        raise ValueError(f"aggregator is {aggregator!r}; accepted: {', '.join(map(repr, AGGREGATORS))}")
+    for name, value, least in (("embed_dim", embed_dim, 1), ("kernel_size", kernel_size, 1), ("num_levels", num_levels, 0)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} is {value!r}; expected an integer of at least {least}")
+    dims = level_dims(embed_dim, kernel_size, num_levels)
+    if dims[-1] < 1:
+        most = max(k for k, d in enumerate(dims) if d >= 1)
+        raise ValueError(
+            f"embed_dim={embed_dim} with kernel_size={kernel_size} has no level {num_levels}: "
+            f"floor({embed_dim} / {kernel_size}**{num_levels}) is 0; num_levels may be at most {most}"
+        )
+    return dims
+
+
+class HeuristicAggregator(nn.Module):
+    """Each level filters its predecessor with one learned s-tap window of stride s."""
+
+    def __init__(self, dims: Sequence[int], kernel_size: int, side: str, *, normalize: bool) -> None:
+        super().__init__()
+        self.chain, self.normalize = CHAIN[side], normalize
+        self.weight = nn.Parameter(torch.empty(len(dims) - 1, CHANNELS, kernel_size))
+        nn.init.uniform_(self.weight, -1 / math.sqrt(kernel_size), 1 / math.sqrt(kernel_size))  # as nn.Conv1d does
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.aggregate(x, self.weight.sum(1), chain=self.chain, normalize=self.normalize)
+
+
+class AdaptiveAggregator(nn.Module):
+    """Each level's units are combinations of the two predecessors that its learned matrix weighs most."""
+
+    def __init__(self, dims: Sequence[int], kernel_size: int, side: str, *, normalize: bool) -> None:
+        super().__init__()
+        self.chain, self.normalize = CHAIN[side], normalize
+        self.weights = nn.ParameterList(torch.randn(after, before) for before, after in zip(dims, dims[1:], strict=False))
+        self._cache = ops.SelectionCache()
+
+    def forward(self, x: Tensor) -> Tensor:
+        # While training every step changes the weights; a cache would only hold on to memory.
+        cache = None if self.training else self._cache
+        return ops.aggregate(x, list(self.weights), chain=self.chain, normalize=self.normalize, cache=cache)
+
+    def train(self, mode: bool = True) -> "AdaptiveAggregator":
+        self._cache.clear()
+        return super().train(mode)
+
+
+def make_aggregator(name: str, dims: Sequence[int], kernel_size: int, side: str, *, normalize: bool) -> nn.Module:
+    cls = {"heuristic": HeuristicAggregator, "adaptive": AdaptiveAggregator}[name]
+    return cls(dims, kernel_size, side, normalize=normalize)
+
+
+class Contribution(nn.Module):
+    """Degrees of the global variant: ``w`` and two temperatures, one linear map D_k a level."""
+
+    def __init__(self, dims: Sequence[int]) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.full((len(dims),), 0.1))
+        self.temp_scale_1 = nn.Parameter(torch.tensor(-1.0))
+        self.temp_scale_2 = nn.Parameter(torch.tensor(4.0))
+        # In every official checkpoint, read by nothing; kept so that a checkpoint survives the way there and back.
+        self.register_buffer("temp_scale", torch.tensor(math.log(1 / 0.07)))
+        self.matrices = nn.ParameterList(torch.eye(d) for d in dims)
+
+    def degrees(self) -> Tensor:
+        """``(L+1,)`` contribution degree of each level."""
+        return ops.degrees(self.w, self.temp_scale_1.sigmoid(), self.temp_scale_2.exp())
+
+    def fold(self, units: Tensor, side: str) -> Tensor:
+        return ops.fold(units, list(self.matrices), self.degrees() / len(self.matrices), side=side)

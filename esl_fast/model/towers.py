@@ -1,0 +1,180 @@
+"""Towers: open_clip's, a projection of precomputed features, a bag of tokens."""
+
+import copy
+import json
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.transform import PreprocessCfg
+from torch import Tensor, nn
+
+CONFIGS = Path(__file__).with_name("configs")
+CLIP_VOCABULARY, CLIP_CONTEXT = 49408, 77
+# Start and end of text, the last two entries of CLIP's vocabulary; 0 pads.
+CLIP_SPECIAL = CLIP_VOCABULARY - 2
+
+
+class ProjectedFeatures(nn.Module):
+    """Image tower for precomputed pooled features ``(N, F)``: one trained linear map."""
+
+    def __init__(self, feature_dim: int, embed_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(feature_dim, embed_dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.proj(features)
+
+
+class BagOfTokens(nn.Module):
+    """Text tower for small data: the mean of a caption's token embeddings, order ignored.
+
+    Only ``size - 1`` known tokens have an embedding of their own; all others share entry 0, which stays zero
+    and out of the mean.
+    """
+
+    def __init__(self, size: int, embed_dim: int, vocabulary_size: int = CLIP_VOCABULARY) -> None:
+        super().__init__()
+        self.embedding = nn.EmbeddingBag(size, embed_dim, mode="mean", padding_idx=0)
+        self.register_buffer("entry_of", torch.zeros(vocabulary_size, dtype=torch.int64))
+
+    def know(self, tokens: Tensor) -> None:
+        """Take the tokens of a training set ``(M, T)`` as the known ones; there must be ``size - 1`` of them."""
+        known = self.vocabulary_of(tokens)
+        self.entry_of[known] = torch.arange(1, len(known) + 1)
+
+    @staticmethod
+    def vocabulary_of(tokens: Tensor) -> Tensor:
+        """The distinct tokens that carry meaning: padding, start and end of text left out."""
+        known = tokens.unique()
+        return known[(known > 0) & (known < CLIP_SPECIAL)]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.embedding(self.entry_of[tokens])
+
+
+def open_clip_config(model: str, pretrained: str | None = None) -> dict[str, Any]:
+    """The open_clip configuration of an architecture name, a configuration file (.json), or a shipped small one.
+
+    QuickGELU is switched on where the pretrained weights were trained with it (OpenAI's).
+    Raises ValueError for an unknown name.
+    """
+    path = next((p for p in (Path(model), CONFIGS / f"{model}.json") if p.suffix == ".json" and p.is_file()), None)
+    config = json.loads(path.read_text()) if path else open_clip.get_model_config(model)
+    if config is None:
+        shipped = sorted(p.stem for p in CONFIGS.glob("*.json"))
+        raise ValueError(
+            f"model is {model!r}: not an open_clip architecture (see open_clip.list_models()), "
+            f"a .json file, or one of {', '.join(shipped)}"
+        )
+    config = copy.deepcopy(config)
+    config.pop("custom_text", None)
+    preprocess = default_preprocess()
+    if pretrained and is_torchscript(pretrained):
+        config["quick_gelu"] = True
+    elif pretrained and not Path(pretrained).is_file():
+        tag = open_clip.get_pretrained_cfg(model, pretrained)
+        if not tag:
+            known = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
+            raise ValueError(f"pretrained is {pretrained!r}: neither a file nor a tag of {model} (known: {known})")
+        if tag.get("quick_gelu"):
+            config["quick_gelu"] = True
+        preprocess.update({key: tag[key] for key in preprocess if key in tag})
+    config["preprocess"] = preprocess | config.get("preprocess", {})
+    return config
+
+
+def default_preprocess() -> dict[str, Any]:
+    """CLIP's own: bicubic resize of the shorter side, centre crop, CLIP's mean and standard deviation."""
+    return asdict(PreprocessCfg())
+
+
+def is_torchscript(path: str | Path) -> bool:
+    """Whether a file is a TorchScript archive, the form in which OpenAI distributes its weights."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def build_clip(config: dict[str, Any], model: str = "", pretrained: str | None = None) -> nn.Module:
+    """open_clip model with separate ``visual`` and ``text`` towers and a ``logit_scale``.
+
+    Random unless ``pretrained`` is a tag of ``model`` or a file in open_clip's or OpenAI's format.
+    """
+    clip = open_clip.CustomTextCLIP(**{key: value for key, value in config.items() if key != "preprocess"})
+    if pretrained and is_torchscript(pretrained):
+        state = torch.jit.load(pretrained, map_location="cpu").float().state_dict()
+        for key in ("input_resolution", "context_length", "vocab_size"):
+            state.pop(key, None)
+        clip.load_state_dict(open_clip.model.convert_to_custom_text_state_dict(state))
+    elif pretrained:
+        is_file = Path(pretrained).is_file()
+        path = pretrained if is_file else open_clip.download_pretrained(open_clip.get_pretrained_cfg(model, pretrained))
+        open_clip.load_checkpoint(clip, path)
+    return clip
+
+
+def image_transform(config: dict[str, Any]) -> Callable:
+    """open_clip's evaluation transform (resize, centre crop, RGB, normalise), used in training and test alike."""
+    preprocess = dict(config["preprocess"])
+    preprocess["size"] = config["vision_cfg"].get("image_size", 224)
+    return open_clip.image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
+
+
+def make_tokenizer(config: dict[str, Any] | None) -> Callable[[list[str]], Tensor]:
+    """Tokenizer of an open_clip configuration: list of captions -> token ids ``(M, T)``."""
+    text = (config or {}).get("text_cfg", {})
+    context = text.get("context_length", CLIP_CONTEXT)
+    if text.get("hf_tokenizer_name"):
+        return open_clip.HFTokenizer(
+            text["hf_tokenizer_name"], context_length=context, **(text.get("tokenizer_kwargs") or {})
+        )
+    return open_clip.SimpleTokenizer(context_length=context)
+
+
+def blocks_of(tower: nn.Module) -> list[nn.Module]:
+    """The layers of a tower in order: its longest list of modules, or a ResNet's four stages."""
+    stages = [getattr(tower, f"layer{i}", None) for i in (1, 2, 3, 4)]
+    if all(stage is not None for stage in stages):
+        return stages
+    lists = [m for m in tower.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) > 1]
+    return list(max(lists, key=len)) if lists else []
+
+
+def freeze(tower: nn.Module, layers: int | None = None) -> None:
+    """Exclude a tower from training: all of it, or what comes before and in its first ``layers`` layers.
+
+    Raises ValueError if it has fewer layers.
+    """
+    if layers is None:
+        tower.requires_grad_(False)
+        return
+    blocks = blocks_of(tower)
+    if layers > len(blocks):
+        raise ValueError(f"cannot freeze {layers} layers: {type(tower).__name__} has {len(blocks)}")
+    if layers == 0:
+        return
+    frozen = {id(p) for block in blocks[:layers] for p in block.parameters()}
+    later = {id(p) for block in blocks[layers:] for p in block.parameters()}
+    frozen |= {id(p) for p in _stem(tower) if id(p) not in later}
+    for parameter in tower.parameters():
+        if id(parameter) in frozen:
+            parameter.requires_grad_(False)
+
+
+# What each kind of open_clip tower applies before its first layer.
+STEM = (
+    "conv1", "conv2", "conv3", "bn1", "bn2", "bn3", "class_embedding", "positional_embedding", "ln_pre",
+    "token_embedding", "trunk.patch_embed", "trunk.cls_token", "trunk.pos_embed", "trunk.stem",
+)  # fmt: skip
+
+
+def _stem(tower: nn.Module) -> Iterator[nn.Parameter]:
+    for name, parameter in tower.named_parameters():
+        if name.startswith(STEM):
+            yield parameter

@@ -1,0 +1,115 @@
+"""Measure-units of embeddings."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from esl_fast import blocked, reference
+from esl_fast.ops import checks
+from esl_fast.ops.backend import use_kernels
+
+CHAINS = ("normalized", "raw")
+
+
+class SelectionCache:
+    """Keeps what :func:`aggregate` selected from adaptive weights until one of them changes in place."""
+
+    def __init__(self) -> None:
+        self._key, self._selection = None, None
+
+    def clear(self) -> None:
+        self.__init__()
+
+    def get(self, weights: Sequence[Tensor], select, kind: str):
+        if any(w.is_inference() for w in weights):  # these carry no version to compare
+            return select(weights)
+        key = (kind, *((w.data_ptr(), w._version, w.dtype) for w in weights))
+        if key != self._key:
+            self._key, self._selection = key, select(weights)
+        return self._selection
+
+
+def aggregate(
+    x: Tensor,
+    weights: Tensor | Sequence[Tensor],
+    *,
+    chain: str,
+    normalize: bool = True,
+    cache: SelectionCache | None = None,
+) -> Tensor:
+    """Units of every embedding: level 0 and the aggregated levels 1..L, concatenated.
+
+    Args:
+        x: embeddings ``(..., d)``, any float dtype, any leading sizes.
+        weights: heuristic aggregator: filter taps ``(L, s)``; adaptive: one raw matrix ``(d_l, d_{l-1})`` a level,
+            whose rows are normalised and keep their two largest entries.
+        chain: what the next level reads, ``"normalized"`` units (image side) or ``"raw"`` vectors (text side).
+        normalize: divide ``x`` by its norm first (global variant).
+        cache: keeps the selection of unchanging adaptive weights between calls.
+
+    Returns:
+        ``(..., U)`` with ``U = sum_l d_l``, in the dtype of ``x``; computed in float32 or float64.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device, or (CPU) a non-finite embedding.
+    """
+    checks.floating("x", x)
+    if chain not in CHAINS:
+        raise ValueError(f"chain is {chain!r}; accepted: {', '.join(map(repr, CHAINS))}")
+    heuristic = isinstance(weights, Tensor)
+    tensors = (weights,) if heuristic else tuple(weights)
+    _check_levels(x, tensors, heuristic)
+    checks.same_device(x=x, **{f"weights[{i}]": w for i, w in enumerate(tensors)})
+    rows = x.reshape(-1, x.shape[-1])
+    checks.finite("x", rows)
+    options = {"chain": chain, "normalize": normalize}
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
+    if use_kernels(rows):
+        units = _aggregate_kernels(rows, weights, cache if not grad else None, **options)
+    else:
+        compute = torch.promote_types(x.dtype, torch.float32)
+        tensors = [w.to(compute) for w in tensors]
+        if grad or torch.compiler.is_compiling():
+            levels = tensors[0].unbind() if heuristic else [reference.aggregate.select_top2(w) for w in tensors]
+            units = reference.aggregate.aggregate(rows.to(compute), levels, **options)
+        else:
+            if heuristic:
+                levels = weights.to(compute).unbind()
+            elif cache is None:
+                levels = _select_sparse(tensors)
+            else:
+                levels = cache.get(weights, lambda _: _select_sparse(tensors), f"sparse {compute}")
+            units = blocked.aggregate.aggregate(rows.detach().to(compute), levels, **options)
+        units = units.to(x.dtype)
+    return units.view(*x.shape[:-1], units.shape[-1]) if x.ndim != 2 else units
+
+
+def _select_sparse(weights: Sequence[Tensor]) -> list:
+    return [blocked.aggregate.sparse_rows(reference.aggregate.select_top2(w)) for w in weights]
+
+
+def _check_levels(x: Tensor, weights: Sequence[Tensor], heuristic: bool) -> None:
+    for weight in weights:
+        checks.floating("weights", weight)
+    if x.ndim == 0:
+        raise ValueError("x is a scalar; expected (..., d)")
+    d = x.shape[-1]
+    if heuristic:
+        taps = weights[0]
+        if taps.ndim != 2 or (taps.shape[0] and d // taps.shape[1] ** taps.shape[0] < 1):
+            raise ValueError(f"weights has shape {tuple(taps.shape)}; expected taps (L, s) with {d} // s**L >= 1")
+        return
+    for level, weight in enumerate(weights, start=1):
+        if weight.ndim != 2 or weight.shape[1] != d or weight.shape[0] < 1:
+            raise ValueError(f"level {level} has a matrix of shape {tuple(weight.shape)}; expected (d_{level}, {d})")
+        d = weight.shape[0]
+
+
+def _aggregate_kernels(rows: Tensor, weights: Tensor | Sequence[Tensor], cache: SelectionCache | None, **options) -> Tensor:
+    from esl_fast.kernels import aggregate as kernel  # Triton is imported only where it is used
+
+    if isinstance(weights, Tensor):
+        return kernel.aggregate_heuristic(rows, weights, **options)
+    selection = kernel.select(weights) if cache is None else cache.get(weights, kernel.select, "kernel")
+    return kernel.aggregate_adaptive(rows, selection, **options)

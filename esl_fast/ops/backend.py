@@ -1,0 +1,46 @@
+"""Which implementation runs: Triton kernels or PyTorch."""
+
+import torch
+from torch import Tensor
+
+from esl_fast.kernels._common import runs_here
+
+BACKENDS = ("auto", "triton", "torch")
+_active = "auto"
+
+
+class use_backend:
+    """Choose the implementation of every op: ``"triton"``, ``"torch"`` or ``"auto"`` (Triton on a GPU, else PyTorch).
+
+    Takes effect at once and, used as a context manager, is undone at its end:
+
+    >>> with esl_fast.use_backend("torch"):
+    ...     scores = head(image_features, text_features)
+
+    Raises ValueError for another name.
+    """
+
+    def __init__(self, name: str):
+        global _active
+        if name not in BACKENDS:
+            raise ValueError(f"backend is {name!r}; accepted: {', '.join(map(repr, BACKENDS))}")
+        self._previous = _active
+        _active = name
+
+    def __enter__(self) -> "use_backend":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        global _active
+        _active = self._previous
+
+
+def use_kernels(*tensors: Tensor) -> bool:
+    """Whether the Triton kernels serve these inputs. Raises RuntimeError if they were asked for and cannot."""
+    able = all(runs_here(t) and t.dtype != torch.float64 for t in tensors)
+    if _active == "triton" and not able:
+        given = ", ".join(f"{t.dtype} on {t.device}" for t in tensors)
+        raise RuntimeError(
+            f'backend "triton" takes float32, bfloat16 or float16 on a GPU, given {given}; use_backend("auto") falls back'
+        )
+    return able and _active != "torch"

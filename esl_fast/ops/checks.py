@@ -1,0 +1,49 @@
+"""One clear error for each kind of bad input."""
+
+import torch
+from torch import Tensor
+
+
+def floating(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}; expected a floating-point torch.Tensor")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} has dtype {x.dtype}; expected a floating-point tensor")
+
+
+def matrix(name: str, x: Tensor, width: int | None = None) -> None:
+    """A floating-point matrix, of ``width`` columns if given."""
+    floating(name, x)
+    if x.ndim != 2 or (width is not None and x.shape[1] != width):
+        expected = f"(n, {'width' if width is None else width})"
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; expected {expected}")
+
+
+def same_device(**tensors: Tensor) -> None:
+    devices = {name: t.device for name, t in tensors.items()}
+    if len(set(devices.values())) > 1:
+        raise ValueError("tensors lie on different devices: " + ", ".join(f"{k} on {v}" for k, v in devices.items()))
+
+
+def finite(name: str, x: Tensor) -> None:
+    """No NaN or infinity in ``x (n, ...)``; checked on CPU only, where it needs no synchronisation."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(x):
+        return
+    # The sum is finite unless a term is not (or it overflows, which the exact check below clears).
+    if torch.isfinite(x.detach().sum()):
+        return
+    bad = (~torch.isfinite(x.detach())).reshape(x.shape[0], -1).any(-1).nonzero().flatten()
+    if bad.numel():
+        rows = ", ".join(map(str, bad[:10].tolist())) + (", ..." if bad.numel() > 10 else "")
+        raise ValueError(f"{name} has non-finite values in {bad.numel()} of {x.shape[0]} rows: {rows}")
+
+
+def owners_of(owners: Tensor, images: int, captions: int) -> None:
+    """``owners (M,)`` integer, one image index a caption."""
+    if owners.is_floating_point() or owners.dtype == torch.bool or owners.shape != (captions,):
+        raise ValueError(
+            f"owners has shape {tuple(owners.shape)} and dtype {owners.dtype}; expected ({captions},) integers, "
+            "the image index of each caption"
+        )
+    if owners.device.type == "cpu" and captions and not (int(owners.min()) >= 0 and int(owners.max()) < images):
+        raise ValueError(f"owners holds {int(owners.min())}..{int(owners.max())}; expected image indices 0..{images - 1}")

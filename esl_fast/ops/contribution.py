@@ -1,0 +1,58 @@
+"""Sparse contribution: degrees, and folding them with D_k into one side."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from esl_fast import blocked, reference
+from esl_fast.ops import checks
+
+SIDES = ("image", "text")
+
+
+def degrees(w: Tensor, gate: Tensor, sharpness: Tensor) -> Tensor:
+    """Contribution degree of each level, ``exp((|w_k| - threshold) * sharpness) * w_k`` for ``w (L+1,)``.
+
+    ``threshold = (max|w| - min|w|) * gate + min|w|``; gradients flow to all three, through max and min too.
+    """
+    if w.ndim != 1 or gate.numel() != 1 or sharpness.numel() != 1:
+        raise ValueError(
+            f"degrees takes w (L+1,) and two scalars, given shapes {tuple(w.shape)}, {tuple(gate.shape)}, "
+            f"{tuple(sharpness.shape)}"
+        )
+    return reference.contribution.degrees(w, gate.reshape(()), sharpness.reshape(()))
+
+
+def fold(units: Tensor, matrices: Sequence[Tensor], scales: Tensor, *, side: str) -> Tensor:
+    """Multiply level k of ``units (..., U)`` by ``scales[k] * D_k``, so that one dot product gives the similarity.
+
+    Args:
+        units: units of one side, any float dtype.
+        matrices: D_k ``(d_k, d_k)``, one a level.
+        scales: ``(L+1,)``; the global variant's are ``degree_k / (L+1)``.
+        side: which side ``units`` are: ``"text"`` applies D_k (``x . D y``), ``"image"`` its transpose.
+
+    Returns:
+        Folded units, same shape and dtype; computed in float32 or float64.
+    """
+    checks.floating("units", units)
+    if side not in SIDES:
+        raise ValueError(f"side is {side!r}; accepted: {', '.join(map(repr, SIDES))}")
+    width = sum(m.shape[0] for m in matrices)
+    if units.shape[-1] != width or scales.shape != (len(matrices),):
+        raise ValueError(
+            f"units {tuple(units.shape)} and scales {tuple(scales.shape)} do not fit {len(matrices)} levels of "
+            f"{width} units in all"
+        )
+    checks.same_device(units=units, scales=scales)
+    rows = units.reshape(-1, width)
+    compute = torch.promote_types(units.dtype, torch.float32)
+    arguments = (rows.to(compute), [m.to(compute) for m in matrices], scales.to(compute))
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (units, scales, *matrices))
+    if grad or torch.compiler.is_compiling():
+        folded = reference.contribution.fold(*arguments, side=side)
+    else:
+        folded = blocked.contribution.fold(*arguments, side=side)
+    folded = folded.to(units.dtype)
+    return folded.view(units.shape) if units.ndim != 2 else folded

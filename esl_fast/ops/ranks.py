@@ -1,0 +1,34 @@
+"""Ranks of the right answer, both ways, without the matrix."""
+
+import torch
+from torch import Tensor
+
+from esl_fast import blocked
+from esl_fast.ops import checks
+
+
+@torch.no_grad()
+def retrieval_ranks(image_units: Tensor, folded_text_units: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
+    """Rank (from 0) of each image's best caption among all captions, and of each caption's image among all images.
+
+    A rank is the number of *other* items that score at least as high as the right one: a tie counts against the
+    model. An image without captions ranks M.
+
+    Args:
+        image_units: ``(N, U)``.
+        folded_text_units: ``(M, U)``; scores are their dot products (either side may be the folded one).
+        owners: ``(M,)`` integers, the image index of each caption, in any order.
+
+    Returns:
+        image-to-text ranks ``(N,)`` and text-to-image ranks ``(M,)``, int64.
+
+    Raises:
+        ValueError: wrong shapes or owners, or (CPU) non-finite units, naming the rows.
+    """
+    checks.matrix("image_units", image_units)
+    checks.matrix("folded_text_units", folded_text_units, image_units.shape[1])
+    checks.same_device(image_units=image_units, folded_text_units=folded_text_units, owners=owners)
+    checks.owners_of(owners, image_units.shape[0], folded_text_units.shape[0])
+    checks.finite("image_units", image_units)
+    checks.finite("folded_text_units", folded_text_units)
+    return blocked.ranks.retrieval_ranks(image_units, folded_text_units, owners.long())
