@@ -1,0 +1,89 @@
+"""Captioned image sets: readers, a drawn demo set, and the data sets and sampler that feed training."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from .coco import load_coco
+from .features import load_features
+from .karpathy import load_flickr30k, load_karpathy
+from .pairs import EpochSampler, ImageDataset, PairDataset
+from .records import OnError
+from .regions import load_regions
+from .split import DataError, DataSet, Split
+from .synthetic import load_synthetic
+
+__all__ = [
+    "LOADERS",
+    "DataError",
+    "DataSet",
+    "EpochSampler",
+    "ImageDataset",
+    "PairDataset",
+    "Split",
+    "load_dataset",
+]
+
+LOADERS = {
+    "synthetic": load_synthetic,
+    "flickr30k": load_flickr30k,
+    "coco": load_coco,
+    "karpathy": load_karpathy,
+    "features": load_features,
+    "regions": load_regions,
+}
+
+
+def load_dataset(
+    name: str,
+    root: str | Path | None = None,
+    *,
+    image_root: str | Path | None = None,
+    annotations: str | Path | None = None,
+    features: str | Path | None = None,
+    on_error: OnError = "raise",
+    cache: str | Path | None = None,
+    seed: int = 0,
+    size: tuple[int, int, int] | None = None,
+    image_size: int | None = None,
+) -> DataSet:
+    """Load a data set by name.
+
+    Args:
+        name: a key of `LOADERS`.
+        root: folder of the data set; all sets but `synthetic` lie on disk.
+        image_root: folder of the images, where it is not the usual one in `root` (flickr30k, coco, karpathy).
+        annotations: annotation file, where it is not the usual one in `root` (flickr30k, coco, karpathy, features).
+        features: the .npy file, where `root` has not just one (features).
+        on_error: "raise" stops at the first record that cannot be used; "skip" reads every image once, leaves out
+            what cannot be used, and warns with the number.
+        cache: folder to keep the drawn images in (synthetic).
+        seed: of the drawn images (synthetic), and of the val split set aside from train where there is none.
+        size: number of train, val and test images (synthetic).
+        image_size: side of the images in pixels (synthetic).
+
+    Raises:
+        DataError: naming the file, the record, what was found and what is accepted.
+    """
+    if name not in LOADERS:
+        raise DataError(f"unknown data set '{name}'; known are {', '.join(LOADERS)}")
+    if on_error not in ("raise", "skip"):
+        raise DataError(f"on_error must be 'raise' or 'skip', got '{on_error}'")
+    options: dict[str, Any] = {
+        "root": root,
+        "image_root": image_root,
+        "annotations": annotations,
+        "features": features,
+        "cache": cache,
+        "size": size,
+        "image_size": image_size,
+    }
+    given = {option: value for option, value in options.items() if value is not None}
+    loader = LOADERS[name]
+    accepted = inspect.signature(loader).parameters
+    unused = [option for option in given if option not in accepted]
+    if unused:
+        raise DataError(f"data set '{name}' takes no {', '.join(unused)}; it takes {', '.join(accepted)}")
+    if "on_error" in accepted:
+        given["on_error"] = on_error
+    return loader(seed=seed, **given)

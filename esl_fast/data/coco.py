@@ -1,0 +1,72 @@
+"""MS-COCO, in both layouts of its captions; the images lie in train2014/ and val2014/."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from .images import FolderIndex, ImageFiles
+from .karpathy import clean_plain
+from .records import OnError, Problems, assemble, existing_file, existing_folder, read_entries, read_records
+from .split import DataError, DataSet
+
+FILE_OF = {"train": "train_coco.json", "val": "dev_coco.json", "test": "testall_coco.json"}
+
+
+def load_coco(
+    root: str | Path | None = None,
+    *,
+    annotations: str | Path | None = None,
+    image_root: str | Path | None = None,
+    on_error: OnError = "raise",
+    seed: int = 0,
+) -> DataSet:
+    """MS-COCO with Karpathy's splits; `restval` counts as train. All captions of an image are kept.
+
+    Args:
+        root: folder with the annotations and, unless `image_root` is given, `train2014/` and `val2014/`.
+        annotations: a Karpathy file, or a folder that holds `dataset_coco.json` or else `train_coco.json`,
+            `dev_coco.json` and `testall_coco.json`; `root` by default.
+        image_root: folder with `train2014/` and `val2014/`.
+    """
+    source = Path(annotations) if annotations is not None else existing_folder(root, "root")
+    if image_root is not None:
+        image_root = existing_folder(image_root, "image_root")
+    elif root is not None:
+        image_root = existing_folder(root, "root")
+    else:
+        image_root = source if source.is_dir() else source.parent
+    problems = Problems(on_error)
+    records = []
+    for path, name_key, split in _annotation_files(source):
+        locate = _locator(image_root, name_key)
+        entries = read_entries(path)
+        records += read_records(
+            path, entries, problems, clean=clean_plain, locate=locate, name_key=name_key, split=split
+        )
+    return assemble("coco", records, lambda _, paths: ImageFiles(paths), problems, seed)
+
+
+def _annotation_files(source: Path) -> list[tuple[Path, str, str | None]]:
+    if not source.is_dir():
+        return [(existing_file(source), "filename", None)]
+    if (source / "dataset_coco.json").is_file():
+        return [(source / "dataset_coco.json", "filename", None)]
+    files = {split: source / name for split, name in FILE_OF.items() if (source / name).is_file()}
+    if "train" not in files or "test" not in files:
+        raise DataError(f"{source}: expected dataset_coco.json, or {', '.join(FILE_OF.values())}; found neither")
+    return [(path, "file_name", split) for split, path in files.items()]
+
+
+def _locator(image_root: Path, name_key: str) -> Callable[[int, dict], Path]:
+    index = FolderIndex()
+
+    def locate(_: int, entry: dict) -> Path:
+        name = entry[name_key]
+        folders = ["train2014", "val2014", ""]
+        named = entry.get("filepath") or next((f for f in folders[:2] if name.startswith(f"COCO_{f}_")), "train2014")
+        folders.insert(0, str(named))
+        for folder in folders:
+            if image_root / folder / name in index:
+                return image_root / folder / name
+        raise DataError(f"no such image file in {' or '.join(str(image_root / f) for f in dict.fromkeys(folders))}")
+
+    return locate

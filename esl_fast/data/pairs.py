@@ -1,0 +1,171 @@
+"""PyTorch data sets and the sampler of training and evaluation."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from tqdm import tqdm
+
+from .split import Images, Split
+
+TOKENIZE_BLOCK = 4096
+CACHE_BYTES = 1 << 30
+
+ImageTransform = Callable[[Image.Image], Tensor]
+
+
+class ImageTensors:
+    """The images of a split as the float32 tensors a model reads.
+
+    Pictures go through `transform`; arrays are converted as they are. Transformed pictures that fit into
+    `cache_bytes` together are all made at once and kept, which is sound because the official transform draws
+    no random numbers; a random one needs `cache_bytes=0`.
+    """
+
+    def __init__(self, images: Images, transform: ImageTransform | None, cache_bytes: int = CACHE_BYTES):
+        self.images = images
+        self.transform = transform
+        self._cache: Tensor | None = None
+        if isinstance(images[0], Image.Image):
+            if transform is None:
+                raise ValueError("pictures need an image_transform that turns them into tensors")
+            first = self[0]
+            if first.nbytes * len(images) <= cache_bytes:
+                cache = torch.empty(len(images), *first.shape)
+                for index in tqdm(range(len(images)), desc="reading images", unit="image", disable=None):
+                    cache[index] = self[index]
+                self._cache = cache
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        if self._cache is not None:
+            return self._cache[index]
+        image = self.images[index]
+        if isinstance(image, np.ndarray):
+            return torch.from_numpy(image.astype(np.float32))
+        return self.transform(image).float()
+
+
+def tokenize_all(captions: list[str], tokenize: Callable[[list[str]], Tensor]) -> Tensor:
+    """Tokens of all captions, int32 (M, T); `tokenize` must give every block of captions the same T."""
+    starts = range(0, len(captions), TOKENIZE_BLOCK)
+    blocks = [
+        tokenize(captions[start : start + TOKENIZE_BLOCK]).int()
+        for start in tqdm(starts, desc="tokenizing", unit="block", disable=len(captions) <= 20_000)
+    ]
+    return torch.cat(blocks)
+
+
+class PairDataset(Dataset):
+    """The (image, caption) pairs of a split, one for each caption.
+
+    Item j is a dict of `image` (float32 tensor), `tokens` (int64 (T,)), `image_index` and `caption_index` (ints).
+
+    Args:
+        split: the images and captions.
+        image_transform: picture -> tensor, such as open_clip's preprocessing; not used for feature arrays.
+        tokenize: list of n captions -> integer tensor (n, T); called once, on all captions.
+        augment: item -> item, called on each access; it must not write into the tensors it is given.
+        cache_bytes: see `ImageTensors`.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        image_transform: ImageTransform | None,
+        tokenize: Callable[[list[str]], Tensor],
+        augment: Callable[[dict], dict] | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ):
+        self.images = ImageTensors(split.images, image_transform, cache_bytes)
+        self.tokens = tokenize_all(split.captions, tokenize)
+        self.owners = split.owners
+        self.augment = augment
+
+    def __len__(self) -> int:
+        return len(self.owners)
+
+    def __getitem__(self, index: int) -> dict:
+        owner = int(self.owners[index])
+        item = {
+            "image": self.images[owner],
+            "tokens": self.tokens[index].long(),
+            "image_index": owner,
+            "caption_index": index,
+        }
+        return item if self.augment is None else self.augment(item)
+
+
+class ImageDataset(Dataset):
+    """Each image of a split once, for encoding: item i is (float32 tensor, i).
+
+    Nothing is kept in memory unless `cache_bytes` allows it, as one pass would gain nothing.
+    """
+
+    def __init__(self, split: Split, image_transform: ImageTransform | None, cache_bytes: int = 0):
+        self.images = ImageTensors(split.images, image_transform, cache_bytes)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], index
+
+
+class EpochSampler(Sampler[int]):
+    """The order of one epoch, a function of (seed, epoch) alone, so that a run can resume in the middle of it.
+
+    Of several processes, each gets num_items // world_size items that no other has.
+
+    Args:
+        num_items: length of the data set.
+        seed: of the whole run.
+        epoch: counted from 0.
+        start: how many items this process has already consumed in this epoch.
+        shuffle: False keeps the order of the data set.
+        rank, world_size: this process and the number of processes.
+    """
+
+    def __init__(
+        self,
+        num_items: int,
+        seed: int = 0,
+        epoch: int = 0,
+        start: int = 0,
+        shuffle: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in 0..{world_size - 1}, got {rank}")
+        self.num_items = num_items
+        self.seed = seed
+        self.shuffle = shuffle
+        self.rank = rank
+        self.world_size = world_size
+        self.set_epoch(epoch, start)
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch, and where in it the next iteration begins."""
+        if not 0 <= start <= self.num_items // self.world_size:
+            raise ValueError(f"start must be in 0..{self.num_items // self.world_size}, got {start}")
+        self.epoch = epoch
+        self.start = start
+
+    def __len__(self) -> int:
+        return self.num_items // self.world_size - self.start
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            # mixed, so that (seed, epoch + 1) is not (seed + 1, epoch)
+            state = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)
+            order = torch.randperm(self.num_items, generator=torch.Generator().manual_seed(int(state[0])))
+        else:
+            order = torch.arange(self.num_items)
+        even = self.num_items - self.num_items % self.world_size
+        return iter(order[self.rank : even : self.world_size][self.start :].tolist())
