@@ -1,5 +1,5 @@
 """PyTorch made fast and memory-bounded: what runs on a CPU."""
 
-from esl_fast.blocked import aggregate, contribution, ranks
+from esl_fast.blocked import aggregate, contrastive, contribution, ranks, topk
 
-__all__ = ["aggregate", "contribution", "ranks"]
+__all__ = ["aggregate", "contrastive", "contribution", "ranks", "topk"]

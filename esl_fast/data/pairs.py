@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, default_collate
 from tqdm import tqdm
 
 from .split import Images, Split
@@ -20,24 +20,23 @@ ImageTransform = Callable[[Image.Image], Tensor]
 class ImageTensors:
     """The images of a split as the float32 tensors a model reads.
 
-    Pictures go through `transform`; arrays are converted as they are. Transformed pictures that fit into
-    `cache_bytes` together are all made at once and kept, which is sound because the official transform draws
-    no random numbers; a random one needs `cache_bytes=0`.
+    Pictures go through `transform`; arrays are converted as they are. Tensors that fit into `cache_bytes` together
+    are all made at once and kept, which is sound because the official transform draws no random numbers; a random
+    one needs `cache_bytes=0`.
     """
 
     def __init__(self, images: Images, transform: ImageTransform | None, cache_bytes: int = CACHE_BYTES):
         self.images = images
         self.transform = transform
         self._cache: Tensor | None = None
-        if isinstance(images[0], Image.Image):
-            if transform is None:
-                raise ValueError("pictures need an image_transform that turns them into tensors")
-            first = self[0]
-            if first.nbytes * len(images) <= cache_bytes:
-                cache = torch.empty(len(images), *first.shape)
-                for index in tqdm(range(len(images)), desc="reading images", unit="image", disable=None):
-                    cache[index] = self[index]
-                self._cache = cache
+        if transform is None and isinstance(images[0], Image.Image):
+            raise ValueError("pictures need an image_transform that turns them into tensors")
+        first = self[0]
+        if first.nbytes * len(images) <= cache_bytes:
+            cache = torch.empty(len(images), *first.shape)
+            for index in tqdm(range(len(images)), desc="reading images", unit="image", leave=False, disable=None):
+                cache[index] = self[index]
+            self._cache = cache
 
     def __len__(self) -> int:
         return len(self.images)
@@ -49,6 +48,12 @@ class ImageTensors:
         if isinstance(image, np.ndarray):
             return torch.from_numpy(image.astype(np.float32))
         return self.transform(image).float()
+
+    def batch(self, indices: np.ndarray) -> Tensor:
+        """The images at `indices`, stacked."""
+        if self._cache is not None:
+            return self._cache[torch.from_numpy(indices)]
+        return torch.stack([self[int(index)] for index in indices])
 
 
 def tokenize_all(captions: list[str], tokenize: Callable[[list[str]], Tensor]) -> Tensor:
@@ -99,6 +104,23 @@ class PairDataset(Dataset):
             "caption_index": index,
         }
         return item if self.augment is None else self.augment(item)
+
+    def __getitems__(self, indices: list[int]) -> dict | list[dict]:
+        """What a DataLoader asks for a batch: without `augment` it is taken at once, already collated."""
+        if self.augment is not None:
+            return [self[index] for index in indices]
+        owners = self.owners[indices]
+        return {
+            "image": self.images.batch(owners),
+            "tokens": self.tokens[indices].long(),
+            "image_index": torch.from_numpy(owners),
+            "caption_index": torch.tensor(indices),
+        }
+
+    @staticmethod
+    def collate(batch: dict | list[dict]) -> dict:
+        """`collate_fn` for a DataLoader over this data set."""
+        return batch if isinstance(batch, dict) else default_collate(batch)
 
 
 class ImageDataset(Dataset):

@@ -81,7 +81,7 @@ def write_model(model: MatchingModel, folder: Path) -> None:
 
 def save_checkpoint(model: MatchingModel, folder: str | Path) -> None:
     """Save a model for :func:`load_checkpoint`, replacing ``folder`` as a whole or not at all."""
-    with replacing(Path(folder)) as new:
+    with replacing(Path(folder).resolve()) as new:
         write_model(model, new)
 
 
@@ -97,9 +97,10 @@ def load_checkpoint(path: str | Path) -> MatchingModel:
         CheckpointError: not a checkpoint, damaged, or (official) holding anything but tensors and plain data;
             nothing in the file is ever executed.
     """
-    path = existing(Path(path))
+    path = Path(path).resolve()
     if path.name == WEIGHTS:
         path = path.parent
+    path = existing(path)
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
     return (_load_own(path) if path.is_dir() else _load_official(path)).eval()
@@ -113,8 +114,8 @@ def _load_own(folder: Path) -> MatchingModel:
         config = ModelConfig(**json.loads((folder / CONFIG).read_text()))
         weights = load_file(folder / WEIGHTS)
         model = MatchingModel(config)
-        model.load_state_dict(weights)
-    except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
+        model.load_state_dict(weights, assign=True)  # keeps their dtype
+    except (SafetensorError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"cannot read checkpoint {folder}: {error}") from error
     return model
 
@@ -125,7 +126,7 @@ def _load_official(path: Path) -> MatchingModel:
         raise CheckpointError(f"{path} is not an official global ESL checkpoint: it has no `state_dict`")
     try:
         return model_from_official(contents["state_dict"])
-    except (ValueError, RuntimeError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"cannot read official checkpoint {path}: {error}") from error
 
 
@@ -148,7 +149,8 @@ def _reason(path: str | Path, error: Exception) -> str:
         foreign = set()
     if foreign:
         return f"it would run {', '.join(sorted(foreign))}; only tensors and plain data are read"
-    return f"not a readable PyTorch checkpoint ({type(error).__name__}: {str(error).splitlines()[0]})"
+    first_line = str(error).partition("\n")[0]
+    return f"not a readable PyTorch checkpoint ({type(error).__name__}: {first_line})"
 
 
 def model_from_official(state_dict: dict[str, Tensor]) -> MatchingModel:

@@ -72,7 +72,9 @@ class ESLHead(Head):
         ValueError: sizes that leave a level without units.
     """
 
-    def __init__(self, embed_dim: int, kernel_size: int = 2, num_levels: int = 8, aggregator: str = "heuristic") -> None:
+    def __init__(
+        self, embed_dim: int, kernel_size: int = 2, num_levels: int = 8, aggregator: str = "heuristic"
+    ) -> None:
         super().__init__()
         self.dims = check_levels(embed_dim, kernel_size, num_levels, aggregator)
         self.embed_dim, self.kernel_size, self.num_levels = embed_dim, kernel_size, num_levels
@@ -101,9 +103,9 @@ class ESLHead(Head):
         Aggregator, embedding size and levels follow from the shapes. Raises ValueError naming what is missing.
         """
         config, weights = official.read_head(state_dict)
-        head = cls(**config)
+        head = cls(**config).to(next(iter(weights.values())).dtype)
         head.load_state_dict(weights)
-        return head.to(next(iter(weights.values())).dtype)
+        return head
 
     def to_official(self) -> dict[str, Tensor]:
         """The head's weights under the official names; :meth:`from_official` restores them exactly."""

@@ -88,7 +88,7 @@ class MatchingModel(nn.Module):
         self.head = make_head(config.similarity, config.embed_dim, config.kernel_size, config.num_levels)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Image features ``(N, d)`` before normalisation, of pixels ``(N, 3, H, W)`` or precomputed features ``(N, F)``."""
+        """Image features ``(N, d)`` before normalisation, of pixels ``(N, 3, H, W)`` or precomputed ``(N, F)``."""
         return self.image_tower(images)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
@@ -113,6 +113,14 @@ class MatchingModel(nn.Module):
     def clamp_logit_scale(self) -> None:
         """Keep the temperature where CLIP keeps it; called after each optimizer step."""
         self.logit_scale.clamp_(max=torch.tensor(MAX_LOGIT_SCALE).log())
+
+    def train(self, mode: bool = True) -> "MatchingModel":
+        """Training mode, but for towers that are frozen as a whole: their statistics must not move either."""
+        super().train(mode)
+        for tower in (self.image_tower, self.text_tower):
+            if not any(p.requires_grad for p in tower.parameters()):
+                tower.eval()
+        return self
 
     def freeze(
         self, *, image_tower: bool = False, text_tower: bool = False, image_layers: int = 0, text_layers: int = 0

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ def level_key(side: str, aggregator: str, level: int) -> str:
 def _infer_kernel_size(dims: list[int]) -> int:
     """An s with ``d_l = floor(d_{l-1} / s)`` for every level."""
     for s in range(1, dims[0] + 1):
-        if all(after == before // s for before, after in zip(dims, dims[1:], strict=False)):
+        if all(after == before // s for before, after in pairwise(dims)):
             return s
     raise ValueError(f"levels of {dims} units follow no kernel size")
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ def check_levels(embed_dim: int, kernel_size: int, num_levels: int, aggregator: 
     """Sizes of all levels; one clear ValueError for sizes that the definition does not allow."""
     if aggregator not in AGGREGATORS:
         raise ValueError(f"aggregator is {aggregator!r}; accepted: {', '.join(map(repr, AGGREGATORS))}")
-    for name, value, least in (("embed_dim", embed_dim, 1), ("kernel_size", kernel_size, 1), ("num_levels", num_levels, 0)):
+    sizes = (("embed_dim", embed_dim, 1), ("kernel_size", kernel_size, 1), ("num_levels", num_levels, 0))
+    for name, value, least in sizes:
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} is {value!r}; expected an integer of at least {least}")
     dims = level_dims(embed_dim, kernel_size, num_levels)
@@ -51,7 +53,7 @@ class AdaptiveAggregator(nn.Module):
     def __init__(self, dims: Sequence[int], kernel_size: int, side: str, *, normalize: bool) -> None:
         super().__init__()
         self.chain, self.normalize = CHAIN[side], normalize
-        self.weights = nn.ParameterList(torch.randn(after, before) for before, after in zip(dims, dims[1:], strict=False))
+        self.weights = nn.ParameterList(torch.randn(after, before) for before, after in pairwise(dims))
         self._cache = ops.SelectionCache()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -19,6 +19,19 @@ CLIP_VOCABULARY, CLIP_CONTEXT = 49408, 77
 CLIP_SPECIAL = CLIP_VOCABULARY - 2
 
 
+def pick_device(name: str) -> torch.device:
+    """``auto`` is the GPU where there is one. Raises ValueError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device is {name!r}; accepted: auto, cpu, cuda, cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {name!r}, but PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
 class ProjectedFeatures(nn.Module):
     """Image tower for precomputed pooled features ``(N, F)``: one trained linear map."""
 
@@ -45,7 +58,10 @@ class BagOfTokens(nn.Module):
     def know(self, tokens: Tensor) -> None:
         """Take the tokens of a training set ``(M, T)`` as the known ones; there must be ``size - 1`` of them."""
         known = self.vocabulary_of(tokens)
-        self.entry_of[known] = torch.arange(1, len(known) + 1)
+        if len(known) != self.embedding.num_embeddings - 1:
+            raise ValueError(f"{len(known)} distinct tokens given; this bag holds {self.embedding.num_embeddings - 1}")
+        self.entry_of.zero_()
+        self.entry_of[known] = torch.arange(1, len(known) + 1, device=self.entry_of.device)
 
     @staticmethod
     def vocabulary_of(tokens: Tensor) -> Tensor:
@@ -138,24 +154,24 @@ def make_tokenizer(config: dict[str, Any] | None) -> Callable[[list[str]], Tenso
 
 
 def blocks_of(tower: nn.Module) -> list[nn.Module]:
-    """The layers of a tower in order: its longest list of modules, or a ResNet's four stages."""
+    """The layers of a tower in order: its largest list of modules, or a ResNet's four stages."""
     stages = [getattr(tower, f"layer{i}", None) for i in (1, 2, 3, 4)]
     if all(stage is not None for stage in stages):
         return stages
     lists = [m for m in tower.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) > 1]
-    return list(max(lists, key=len)) if lists else []
+    return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))) if lists else []
 
 
 def freeze(tower: nn.Module, layers: int | None = None) -> None:
     """Exclude a tower from training: all of it, or what comes before and in its first ``layers`` layers.
 
-    Raises ValueError if it has fewer layers.
+    Raises ValueError for a negative number, or if it has fewer layers.
     """
     if layers is None:
         tower.requires_grad_(False)
         return
     blocks = blocks_of(tower)
-    if layers > len(blocks):
+    if not 0 <= layers <= len(blocks):
         raise ValueError(f"cannot freeze {layers} layers: {type(tower).__name__} has {len(blocks)}")
     if layers == 0:
         return

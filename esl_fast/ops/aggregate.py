@@ -70,7 +70,7 @@ def aggregate(
     else:
         compute = torch.promote_types(x.dtype, torch.float32)
         tensors = [w.to(compute) for w in tensors]
-        if grad or torch.compiler.is_compiling():
+        if grad or torch.compiler.is_compiling() or checks.in_transform():
             levels = tensors[0].unbind() if heuristic else [reference.aggregate.select_top2(w) for w in tensors]
             units = reference.aggregate.aggregate(rows.to(compute), levels, **options)
         else:
@@ -97,7 +97,7 @@ def _check_levels(x: Tensor, weights: Sequence[Tensor], heuristic: bool) -> None
     d = x.shape[-1]
     if heuristic:
         taps = weights[0]
-        if taps.ndim != 2 or (taps.shape[0] and d // taps.shape[1] ** taps.shape[0] < 1):
+        if taps.ndim != 2 or taps.shape[1] < 1 or (taps.shape[0] and d // taps.shape[1] ** taps.shape[0] < 1):
             raise ValueError(f"weights has shape {tuple(taps.shape)}; expected taps (L, s) with {d} // s**L >= 1")
         return
     for level, weight in enumerate(weights, start=1):
@@ -106,7 +106,9 @@ def _check_levels(x: Tensor, weights: Sequence[Tensor], heuristic: bool) -> None
         d = weight.shape[0]
 
 
-def _aggregate_kernels(rows: Tensor, weights: Tensor | Sequence[Tensor], cache: SelectionCache | None, **options) -> Tensor:
+def _aggregate_kernels(
+    rows: Tensor, weights: Tensor | Sequence[Tensor], cache: SelectionCache | None, **options
+) -> Tensor:
     from esl_fast.kernels import aggregate as kernel  # Triton is imported only where it is used
 
     if isinstance(weights, Tensor):

@@ -41,6 +41,7 @@ def use_kernels(*tensors: Tensor) -> bool:
     if _active == "triton" and not able:
         given = ", ".join(f"{t.dtype} on {t.device}" for t in tensors)
         raise RuntimeError(
-            f'backend "triton" takes float32, bfloat16 or float16 on a GPU, given {given}; use_backend("auto") falls back'
+            f'backend "triton" takes float32, bfloat16 or float16 on a GPU, given {given}; '
+            'use_backend("auto") falls back'
         )
     return able and _active != "torch"

@@ -4,6 +4,11 @@ import torch
 from torch import Tensor
 
 
+def in_transform() -> bool:
+    """Whether a `torch.func` transform (vmap, grad, jvp) is running: values cannot be read, nor written with `out=`."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def floating(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}; expected a floating-point torch.Tensor")
@@ -27,7 +32,7 @@ def same_device(**tensors: Tensor) -> None:
 
 def finite(name: str, x: Tensor) -> None:
     """No NaN or infinity in ``x (n, ...)``; checked on CPU only, where it needs no synchronisation."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(x):
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or in_transform():
         return
     # The sum is finite unless a term is not (or it overflows, which the exact check below clears).
     if torch.isfinite(x.detach().sum()):
@@ -40,10 +45,13 @@ def finite(name: str, x: Tensor) -> None:
 
 def owners_of(owners: Tensor, images: int, captions: int) -> None:
     """``owners (M,)`` integer, one image index a caption."""
+    if not isinstance(owners, Tensor):
+        raise TypeError(f"owners is a {type(owners).__name__}; expected an integer torch.Tensor")
     if owners.is_floating_point() or owners.dtype == torch.bool or owners.shape != (captions,):
         raise ValueError(
             f"owners has shape {tuple(owners.shape)} and dtype {owners.dtype}; expected ({captions},) integers, "
             "the image index of each caption"
         )
     if owners.device.type == "cpu" and captions and not (int(owners.min()) >= 0 and int(owners.max()) < images):
-        raise ValueError(f"owners holds {int(owners.min())}..{int(owners.max())}; expected image indices 0..{images - 1}")
+        given = f"{int(owners.min())}..{int(owners.max())}"
+        raise ValueError(f"owners holds {given}; expected image indices 0..{images - 1}")

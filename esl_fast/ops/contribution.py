@@ -45,12 +45,14 @@ def fold(units: Tensor, matrices: Sequence[Tensor], scales: Tensor, *, side: str
             f"units {tuple(units.shape)} and scales {tuple(scales.shape)} do not fit {len(matrices)} levels of "
             f"{width} units in all"
         )
-    checks.same_device(units=units, scales=scales)
+    for level, matrix in enumerate(matrices):
+        checks.matrix(f"matrices[{level}]", matrix, matrix.shape[0])
+    checks.same_device(units=units, scales=scales, **{f"matrices[{i}]": m for i, m in enumerate(matrices)})
     rows = units.reshape(-1, width)
     compute = torch.promote_types(units.dtype, torch.float32)
     arguments = (rows.to(compute), [m.to(compute) for m in matrices], scales.to(compute))
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (units, scales, *matrices))
-    if grad or torch.compiler.is_compiling():
+    if grad or torch.compiler.is_compiling() or checks.in_transform():
         folded = reference.contribution.fold(*arguments, side=side)
     else:
         folded = blocked.contribution.fold(*arguments, side=side)

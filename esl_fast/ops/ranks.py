@@ -23,12 +23,12 @@ def retrieval_ranks(image_units: Tensor, folded_text_units: Tensor, owners: Tens
         image-to-text ranks ``(N,)`` and text-to-image ranks ``(M,)``, int64.
 
     Raises:
-        ValueError: wrong shapes or owners, or (CPU) non-finite units, naming the rows.
+        TypeError, ValueError: wrong types, shapes or owners, or (CPU) non-finite units, naming the rows.
     """
     checks.matrix("image_units", image_units)
     checks.matrix("folded_text_units", folded_text_units, image_units.shape[1])
-    checks.same_device(image_units=image_units, folded_text_units=folded_text_units, owners=owners)
     checks.owners_of(owners, image_units.shape[0], folded_text_units.shape[0])
+    checks.same_device(image_units=image_units, folded_text_units=folded_text_units, owners=owners)
     checks.finite("image_units", image_units)
     checks.finite("folded_text_units", folded_text_units)
     return blocked.ranks.retrieval_ranks(image_units, folded_text_units, owners.long())

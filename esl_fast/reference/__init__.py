@@ -1,5 +1,5 @@
 """The definition of every op in plain PyTorch: what everything else is held to."""
 
-from esl_fast.reference import aggregate, contribution, ranks, similarity
+from esl_fast.reference import aggregate, contrastive, contribution, ranks, similarity, topk
 
-__all__ = ["aggregate", "contribution", "ranks", "similarity"]
+__all__ = ["aggregate", "contrastive", "contribution", "ranks", "similarity", "topk"]

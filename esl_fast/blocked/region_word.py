@@ -1,0 +1,291 @@
+"""Region-word similarity in PyTorch, block by block: the products of words and regions never lie in memory as a whole.
+
+Regions of a block of images are laid out region-major, `(R, n)`, and the real words of captions sorted by length one
+after another. Products of captions of one length are then `(k, W, R, n)`: no padding is multiplied, and the
+reductions over words and over regions both run over an outer axis with many contiguous columns inside. Backward forms
+each block of products anew.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import leaky_relu_
+
+from esl_fast.reference.region_word import EPS, SLOPE
+
+# Images whose regions are copied at a time, words multiplied at a time, words reduced at a time (these fit the cache).
+BLOCK_IMAGES = 64
+BLOCK_WORDS = 384
+BLOCK_REDUCED = 128
+
+
+class Segment(NamedTuple):
+    """Captions of one length, whose words are consecutive rows of a block."""
+
+    rows: slice
+    captions: Tensor  # (k,) int64
+    length: int
+
+
+class WordBlock(NamedTuple):
+    captions: Tensor  # (T,) int64: the caption of each row
+    positions: Tensor  # (T,) int64: its place in the caption
+    segments: list[Segment]
+
+
+def word_blocks(lengths: Tensor) -> list[WordBlock]:
+    """Cut captions, sorted by length, into blocks of about BLOCK_WORDS real words."""
+    device, lengths = lengths.device, lengths.cpu()
+    order = lengths.argsort(stable=True)
+    distinct, counts = torch.unique_consecutive(lengths[order], return_counts=True)
+    blocks, segments, rows = [], [], 0
+    for length, same in zip(distinct.tolist(), order.split(counts.tolist()), strict=True):
+        for captions in same.split(max(1, BLOCK_REDUCED // length)):
+            words = len(captions) * length
+            if segments and rows + words > BLOCK_WORDS:
+                blocks.append(_word_block(segments, device))
+                segments, rows = [], 0
+            segments.append(Segment(slice(rows, rows + words), captions, length))
+            rows += words
+    if segments:
+        blocks.append(_word_block(segments, device))
+    return blocks
+
+
+def _word_block(segments: list[Segment], device: torch.device) -> WordBlock:
+    captions = torch.cat([s.captions.repeat_interleave(s.length) for s in segments])
+    positions = torch.cat([torch.arange(s.length).repeat(len(s.captions)) for s in segments])
+    segments = [s._replace(captions=s.captions.to(device)) for s in segments]
+    return WordBlock(captions.to(device), positions.to(device), segments)
+
+
+def _take(units: Tensor, first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows `units[first, second]`, `(T, U)`, kept in the order (rows or units first) in which they lie in memory."""
+    n, length, width = units.shape
+    axis = 0 if units.stride(-1) == 1 else 1
+    matrix = units if axis == 0 else units.movedim(-1, 0)
+    if units.stride(0) == length * units.stride(1):  # one index is several times faster than two
+        matrix = matrix.view((n * length, width) if axis == 0 else (width, n * length))
+        rows = matrix.index_select(axis, first * length + second)
+    else:
+        rows = matrix[first, second] if axis == 0 else matrix[:, first, second]
+    rows = rows.to(dtype)
+    return rows if axis == 0 else rows.mT
+
+
+class ImageBlock:
+    """Some images' regions `units (R * n, U)`, region-major, with padding zeroed."""
+
+    def __init__(self, region_units: Tensor, region_lengths: Tensor | None, images: slice, dtype: torch.dtype):
+        device = region_units.device
+        self.images, self.n, self.regions = images, images.stop - images.start, region_units.shape[1]
+        first = torch.arange(images.start, images.stop, device=device).repeat(self.regions)
+        second = torch.arange(self.regions, device=device).repeat_interleave(self.n)
+        self.units = _take(region_units, first, second, dtype)
+        self.padding, self.count = None, self.regions
+        if region_lengths is not None:
+            lengths = region_lengths[images]
+            self.padding = torch.arange(self.regions, device=device)[:, None] >= lengths  # (R, n)
+            self.count = lengths.to(dtype)  # (n,)
+            self.units.masked_fill_(self.padding.view(-1, 1), 0)
+
+    def rows(self, block: Tensor, rows: slice, length: int) -> Tensor:
+        """Rows of `block (T, R * n)` as `(k, W, R, n)`."""
+        return block[rows].view(-1, length, self.regions, self.n)
+
+
+class Attention:
+    """Both attentions of products `a (k, W, R, n)`, in buffers that the next block overwrites."""
+
+    def __init__(self, images: ImageBlock, rows: int):
+        self.images = images
+        self.buffers = images.units.new_empty(4, rows, images.units.shape[0])
+
+    def __call__(self, a: Tensor, smooth: Tensor) -> None:
+        words = slice(a.shape[0] * a.shape[1])
+        self.a = a
+        self.b, self.p, self.q, self.free = (self.images.rows(buffer, words, a.shape[1]) for buffer in self.buffers)
+        leaky_relu_(torch.tanh(a, out=self.b), SLOPE)
+        square = torch.mul(self.b, self.b, out=self.free)
+        self.word_norm = square.sum(1, keepdim=True).sqrt_()  # (k, 1, R, n): over the words
+        self.region_norm = square.sum(2, keepdim=True).sqrt_()  # (k, W, 1, n): over the regions
+        torch.mul(self.b, smooth / (self.word_norm + EPS), out=self.p)
+        torch.mul(self.b, smooth / (self.region_norm + EPS), out=self.q)
+        if self.images.padding is not None:
+            self.p.masked_fill_(self.images.padding, -torch.inf)
+        torch.softmax(self.p, 2, out=self.p)
+        torch.softmax(self.q, 1, out=self.q)
+
+    def similarity(self) -> Tensor:
+        """`(k, n)`; uses up p and q."""
+        length, count = self.a.shape[1], self.images.count
+        if isinstance(count, Tensor):
+            self.q.mul_(length / count)
+        total = torch.add(self.p, self.q, alpha=1 if isinstance(count, Tensor) else length / count, out=self.p)
+        return total.mul_(self.a).sum((1, 2)).div_(length)
+
+    def gradient(self, grad: Tensor, smooth: Tensor) -> Tensor:
+        """Overwrite `a` by its gradient, given that of the similarity, `grad (k, n)`; returns that of smooth."""
+        a, b, p, q, free = self.a, self.b, self.p, self.q, self.free
+        if self.images.padding is not None:
+            q.masked_fill_(self.images.padding, 0)
+        grad_word, grad_region = grad[:, None, None] / a.shape[1], grad[:, None, None] / self.images.count
+        through_mean = (p * grad_word).addcmul_(q, grad_region)
+        # Through the softmaxes, to what they are taken of.
+        p.mul_(torch.sub(a, torch.mul(p, a, out=free).sum(2, keepdim=True), out=free)).mul_(grad_word)
+        q.mul_(torch.sub(a, torch.mul(q, a, out=free).sum(1, keepdim=True), out=free)).mul_(grad_region)
+        grad_b, grad_smooth = torch.zeros_like(b), 0
+        for part, norm, dim in ((p, self.word_norm, 1), (q, self.region_norm, 2)):
+            scale = 1 / (norm + EPS)
+            dot = torch.mul(part, b, out=free).sum(dim, keepdim=True).mul_(scale)
+            grad_smooth = grad_smooth + dot.sum()
+            along = dot * scale / torch.where(norm > 0, norm, 1)  # b is 0 where its norm is
+            grad_b.addcmul_(part, scale).addcmul_(b, along, value=-1)
+        # Through leaky_relu and tanh; tanh is b where positive and b / SLOPE elsewhere.
+        slope = torch.full_like(a, SLOPE).masked_fill_(a > 0, 1)
+        tanh = b.div_(slope)
+        torch.addcmul(through_mean, grad_b.mul_(slope).mul_(smooth), tanh.square_().neg_().add_(1), out=a)
+        return grad_smooth
+
+
+def _prepare(region_units: Tensor, word_units: Tensor, smooth: Tensor, word_lengths: Tensor):
+    compute = torch.promote_types(torch.promote_types(region_units.dtype, word_units.dtype), torch.float32)
+    blocks = word_blocks(word_lengths)
+    largest_product = max((len(block.captions) for block in blocks), default=0)
+    largest_segment = max((s.rows.stop - s.rows.start for block in blocks for s in block.segments), default=0)
+    return compute, smooth.to(compute), blocks, largest_product, largest_segment, image_slices(region_units.shape[0])
+
+
+def image_slices(n: int) -> list[slice]:
+    """Blocks of nearly equal size, whose columns fill whole vectors where there are many."""
+    size = -(-n // max(1, round(n / BLOCK_IMAGES)))
+    size = -(-size // 16) * 16 if n > 2 * BLOCK_IMAGES else size
+    return [slice(start, min(start + size, n)) for start in range(0, n, max(size, 1))]
+
+
+@torch.library.custom_op("esl_fast::region_word_blocked", mutates_args=())
+def _forward(
+    region_units: Tensor, word_units: Tensor, smooth: Tensor, word_lengths: Tensor, region_lengths: Tensor | None
+) -> Tensor:
+    compute, smooth, blocks, product_rows, reduced_rows, slices = _prepare(region_units, word_units, smooth, word_lengths)
+    out = region_units.new_empty(region_units.shape[0], word_units.shape[0], dtype=compute)
+    for images_slice in slices:
+        images = ImageBlock(region_units, region_lengths, images_slice, compute)
+        products = images.units.new_empty(product_rows, images.units.shape[0])
+        attention = Attention(images, reduced_rows)
+        for block in blocks:
+            words = _take(word_units, block.captions, block.positions, compute)
+            a = torch.mm(words, images.units.mT, out=products[: len(words)])
+            for rows, captions, length in block.segments:
+                attention(images.rows(a, rows, length), smooth)
+                out[images.images, captions] = attention.similarity().mT
+    return out
+
+
+@_forward.register_fake
+def _(region_units, word_units, smooth, word_lengths, region_lengths):
+    compute = torch.promote_types(torch.promote_types(region_units.dtype, word_units.dtype), torch.float32)
+    return region_units.new_empty(region_units.shape[0], word_units.shape[0], dtype=compute)
+
+
+@torch.library.custom_op("esl_fast::region_word_blocked_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    region_units: Tensor,
+    word_units: Tensor,
+    smooth: Tensor,
+    word_lengths: Tensor,
+    region_lengths: Tensor | None,
+    for_regions: bool,
+    for_words: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients to regions, words (empty where not wanted) and smooth."""
+    smooth_dtype = smooth.dtype
+    compute, smooth, blocks, product_rows, reduced_rows, slices = _prepare(region_units, word_units, smooth, word_lengths)
+    (n, regions, width), (m, length, _) = region_units.shape, word_units.shape
+    grad_regions = region_units.new_zeros((n, regions, width) if for_regions else 0)
+    grad_words = word_units.new_zeros((m * length, width) if for_words else 0, dtype=compute)
+    grad_smooth = smooth.new_zeros(())
+    for images_slice in slices:
+        images = ImageBlock(region_units, region_lengths, images_slice, compute)
+        products = images.units.new_empty(product_rows, images.units.shape[0])
+        attention = Attention(images, reduced_rows)
+        block_regions = images.units.new_zeros(images.units.shape) if for_regions else None
+        for block in blocks:
+            words = _take(word_units, block.captions, block.positions, compute)
+            a = torch.mm(words, images.units.mT, out=products[: len(words)])
+            for rows, captions, segment_length in block.segments:
+                attention(images.rows(a, rows, segment_length), smooth)
+                block_grad = grad[images.images, captions].to(compute).mT.contiguous()
+                grad_smooth += attention.gradient(block_grad, smooth)
+            if for_regions:
+                block_regions.addmm_(a.mT, words)
+            if for_words:
+                grad_words.index_add_(0, block.captions * length + block.positions, a @ images.units)
+        if for_regions:
+            grad_regions[images.images] = block_regions.view(regions, -1, width).transpose(0, 1)
+    grad_words = grad_words.view(m, length, width).to(word_units.dtype) if for_words else grad_words.to(word_units.dtype)
+    return grad_regions, grad_words, grad_smooth.to(smooth_dtype)
+
+
+@_backward.register_fake
+def _(grad, region_units, word_units, smooth, word_lengths, region_lengths, for_regions, for_words):
+    grad_regions = region_units.new_empty(region_units.shape if for_regions else 0)
+    grad_words = word_units.new_empty(word_units.shape if for_words else 0)
+    return grad_regions, grad_words, smooth.new_empty(())
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx, grad):
+    for_regions, for_words, for_smooth = ctx.needs_input_grad[:3]
+    grads = _backward(grad, *ctx.saved_tensors, for_regions, for_words)
+    return *(g if wanted else None for g, wanted in zip(grads, ctx.needs_input_grad[:3], strict=True)), None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def region_word_similarity(
+    region_units: Tensor,
+    word_units: Tensor,
+    smooth: Tensor,
+    word_lengths: Tensor,
+    region_lengths: Tensor | None = None,
+) -> Tensor:
+    """As :func:`esl_fast.reference.region_word.region_word_similarity`, in at least float32; `smooth` is 0-d.
+
+    Beyond inputs, output and gradients it needs about 30 MB (36 regions, 1,022 units) however many images and
+    captions there are.
+    """
+    return _forward(region_units, word_units, smooth, word_lengths, region_lengths)
+
+
+def similarity_blocks(
+    region_units: Tensor,
+    word_units: Tensor,
+    smooth: Tensor,
+    word_lengths: Tensor,
+    region_lengths: Tensor | None = None,
+    *,
+    block_images: int = 512,
+    block_captions: int = 4096,
+    similarity: Callable[..., Tensor] = region_word_similarity,
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yield `(images, captions, S[images, captions])`, all captions of the first images before the next images.
+
+    `similarity` computes a block; it is given the five leading arguments.
+    """
+    n, m = region_units.shape[0], word_units.shape[0]
+    for first in range(0, n, block_images):
+        images = slice(first, min(first + block_images, n))
+        some = None if region_lengths is None else region_lengths[images]
+        for other in range(0, m, block_captions):
+            captions = slice(other, min(other + block_captions, m))
+            yield images, captions, similarity(
+                region_units[images], word_units[captions], smooth, word_lengths[captions], some
+            )

@@ -1,0 +1,133 @@
+"""What ``train/evaluate.py`` does."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from esl_fast.data import load_dataset
+from esl_fast.evaluation.metrics import chance_rsum
+from esl_fast.evaluation.protocol import evaluate
+from esl_fast.evaluation.report import table
+from esl_fast.model import MatchingModel, load_checkpoint
+from esl_fast.model.towers import pick_device
+from esl_fast.scripts import reporting_errors, with_underscores
+
+
+@dataclass
+class EvaluateConfig:
+    """Evaluate checkpoints on a split of a data set.
+
+    Args:
+        checkpoint: A folder saved by training, or an official .pth file; several make an ensemble.
+        dataset: synthetic, flickr30k, coco, karpathy (any Karpathy file with an image folder) or features.
+        data_root: Folder of the data set.
+        image_root: Folder of the images, where it is not the usual one under data_root.
+        annotations: Annotation file, where it is not the usual one under data_root.
+        features: .npy file of precomputed image features, where data_root holds more than one.
+        on_error: What to do with an unreadable image or record: raise names it and stops, skip leaves it out and counts.
+        split: train, val or test.
+        five_folds: Also average over five folds of 1,000 images (COCO 1K).
+        batch_size: Images or captions encoded at a time.
+        workers: Processes that load images; 0 loads in the main process.
+        precision: fp32, bf16 or fp16 (mixed precision in the towers).
+        device: auto, cpu, cuda or cuda:N.
+        output: JSON file for the metrics.
+        save_similarity: .npy file for the similarity matrix, images x captions.
+    """
+
+    checkpoint: list[str]
+    dataset: Literal["synthetic", "flickr30k", "coco", "karpathy", "features"] = "synthetic"
+    data_root: str | None = None
+    image_root: str | None = None
+    annotations: str | None = None
+    features: str | None = None
+    on_error: Literal["raise", "skip"] = "raise"
+    split: Literal["train", "val", "test"] = "test"
+    five_folds: bool = False
+    batch_size: int = 256
+    workers: int = 0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    device: str = "auto"
+    output: str | None = None
+    save_similarity: str | None = None
+
+
+def parse(argv: Sequence[str]) -> EvaluateConfig:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="train/evaluate.py", description=EvaluateConfig.__doc__.splitlines()[0])
+    parser.add_argument("--config", action="config", help="YAML file of options; the command line overrides it.")
+    parser.add_class_arguments(EvaluateConfig, as_group=False)
+    options = parser.parse_args(collect_checkpoints(with_underscores(argv))).as_dict()
+    options.pop("config", None)
+    return EvaluateConfig(**options)
+
+
+def collect_checkpoints(argv: Sequence[str]) -> list[str]:
+    """``--checkpoint A B`` and ``--checkpoint A --checkpoint B`` as the one list that the parser takes."""
+    rest, paths, taking = [], [], False
+    for arg in argv:
+        if arg.startswith("-"):
+            taking = arg == "--checkpoint"
+            if arg.startswith("--checkpoint="):
+                paths.append(arg.partition("=")[2])
+            elif not taking:
+                rest.append(arg)
+        elif taking:
+            paths.append(arg)
+        else:
+            rest.append(arg)
+    return rest + ([f"--checkpoint={json.dumps(paths)}"] if paths else [])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate from command-line arguments; returns the exit status."""
+    return reporting_errors(lambda: run(parse(sys.argv[1:] if argv is None else argv)))
+
+
+def run(config: EvaluateConfig) -> int:
+    device = pick_device(config.device)
+
+    def load(path: str) -> MatchingModel:
+        return load_checkpoint(path).to(device)
+
+    for path in (config.output, config.save_similarity):
+        if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+    data = load_dataset(
+        config.dataset,
+        config.data_root,
+        image_root=config.image_root,
+        annotations=config.annotations,
+        features=config.features,
+        on_error=config.on_error,
+    )
+    result = evaluate(
+        [partial(load, path) for path in config.checkpoint],
+        getattr(data, config.split),
+        five_folds=config.five_folds,
+        batch_size=config.batch_size,
+        workers=config.workers,
+        precision=config.precision,
+        save_similarity=None if config.save_similarity is None else Path(config.save_similarity),
+    )
+    result |= {
+        "checkpoints": config.checkpoint,
+        "dataset": config.dataset,
+        "split": config.split,
+        "skipped": data.skipped,
+        "chance_rsum": chance_rsum(result["images"], result["captions"]),
+    }
+    if config.output is not None:
+        Path(config.output).write_text(json.dumps(result, indent=2) + "\n")
+    print(f"{config.dataset} {config.split}, {result['images']} images x {result['captions']} captions")
+    rows = {"all": result["metrics"]}
+    if config.five_folds:
+        rows["mean of 5 x 1K"] = result["five_folds"]
+    print(table(rows))
+    print(f"chance rsum {result['chance_rsum']:.1f}{f'; {data.skipped} records skipped' if data.skipped else ''}")
+    return 0

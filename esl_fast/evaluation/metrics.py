@@ -1,0 +1,71 @@
+"""Recall figures of the field from ranks, and ranks from a similarity matrix."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CUTOFFS = (1, 5, 10)
+# Similarities compared at a time when ranking a matrix.
+BLOCK_ELEMENTS = 1 << 24
+
+
+def recall_metrics(image_ranks: Tensor, text_ranks: Tensor) -> dict[str, float]:
+    """Recall at 1, 5 and 10 in percent, median and mean rank counted from 1, each way, and rsum, the six recalls added.
+
+    ``image_ranks (N,)`` are image-to-text and ``text_ranks (M,)`` text-to-image ranks counted from 0.
+    """
+    metrics: dict[str, float] = {}
+    for way, ranks in (("i2t", image_ranks), ("t2i", text_ranks)):
+        ranks = ranks.cpu().numpy()
+        if not len(ranks):
+            raise ValueError("nothing to rank: there are no queries")
+        for k in CUTOFFS:
+            metrics[f"{way}_r{k}"] = float(100 * (ranks < k).mean())
+        metrics[f"{way}_median_rank"] = float(np.median(ranks) + 1)
+        metrics[f"{way}_mean_rank"] = float(ranks.mean() + 1)
+    metrics["rsum"] = sum(metrics[f"{way}_r{k}"] for way in ("i2t", "t2i") for k in CUTOFFS)
+    return metrics
+
+
+def mean_metrics(folds: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Metrics averaged over folds."""
+    return {name: float(np.mean([fold[name] for fold in folds])) for name in folds[0]}
+
+
+def chance_rsum(images: int, captions: int) -> float:
+    """Expected rsum of a random similarity where every image owns as many captions."""
+    per_image = captions // images
+    misses = {
+        k: np.prod([(captions - per_image - i) / (captions - i) for i in range(min(k, captions))]) for k in CUTOFFS
+    }
+    return float(sum(100 * (1 - misses[k]) + 100 * min(1, k / images) for k in CUTOFFS))
+
+
+def ranks_from_similarity(similarity: Tensor | np.ndarray, owners: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
+    """Ranks (from 0) both ways of a given similarity ``(N, M)``, as :func:`esl_fast.retrieval_ranks` defines them.
+
+    ``owners (M,)`` names each caption's image. Raises ValueError for non-finite scores, naming the rows.
+    """
+    similarity, owners = torch.as_tensor(similarity), torch.as_tensor(owners).long()
+    if similarity.ndim != 2 or owners.shape != (similarity.shape[1],):
+        raise ValueError(
+            f"similarity has shape {tuple(similarity.shape)} and owners {tuple(owners.shape)}; expected (N, M) and (M,)"
+        )
+    n, m = similarity.shape
+    if m and not (int(owners.min()) >= 0 and int(owners.max()) < n):
+        raise ValueError(f"owners holds {int(owners.min())}..{int(owners.max())}; expected image indices 0..{n - 1}")
+    bad = (~torch.isfinite(similarity)).any(1).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"similarity has non-finite scores in {len(bad)} of {n} rows: {', '.join(map(str, bad[:10]))}")
+    positive = similarity[owners, torch.arange(m)]
+    best = torch.full((n,), -torch.inf, dtype=similarity.dtype).scatter_reduce(0, owners, positive, "amax")
+    image_ranks, text_ranks = torch.empty(n, dtype=torch.int64), torch.zeros(m, dtype=torch.int64)
+    block = max(1, BLOCK_ELEMENTS // max(m, 1))
+    for start in range(0, n, block):
+        rows = similarity[start : start + block]
+        image_ranks[start : start + block] = (rows >= best[start : start + block, None]).sum(1) - 1
+        text_ranks += (rows >= positive).sum(0)
+    owned = torch.bincount(owners, minlength=n) > 0
+    return torch.where(owned, image_ranks, m), text_ranks - 1

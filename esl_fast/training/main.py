@@ -1,0 +1,59 @@
+"""What ``train/run.py`` does."""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime
+
+from esl_fast.evaluation import chance_rsum, table
+from esl_fast.model.towers import pick_device
+from esl_fast.scripts import reporting_errors
+from esl_fast.training.build import build_data, build_model, seed_everything
+from esl_fast.training.config import TrainConfig, parse
+from esl_fast.training.runs import RESULTS, create_run, draw_curves, find_run
+from esl_fast.training.trainer import Interrupted, Trainer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train from command-line arguments; returns the exit status."""
+    return reporting_errors(lambda: train(parse(sys.argv[1:] if argv is None else argv)))
+
+
+def train(config: TrainConfig) -> int:
+    """Train, evaluate on the test split, draw the curves; prints where everything lies."""
+    device = pick_device(config.device)
+    seed_everything(config.seed, config.deterministic)
+    resuming = config.resume is not None
+    if resuming:
+        run = find_run(config.resume, config.logs)
+    else:
+        name = config.name or f"{config.dataset}-{config.similarity}-{datetime.now():%Y%m%d-%H%M%S}"
+        run = create_run(config.logs, name)
+    started = time.perf_counter()
+    data = build_data(config)
+    model = build_model(config, data).to(device)
+    config.save(run)
+    trainer = Trainer(config, data, model, run, resume=resuming)
+    print(
+        f"{data.name}: {len(data.train)} / {len(data.val)} / {len(data.test)} images to train / validate / test"
+        f"{f', {data.skipped} records skipped' if data.skipped else ''}; {config.similarity} on {device}, "
+        f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trained parameters; "
+        f"{'from step ' + str(trainer.step) + ' of' if resuming else ''} {trainer.total_steps} steps; run {run}"
+    )
+    try:
+        result = trainer.fit()
+    except Interrupted as interrupt:
+        print(
+            f"\nstopped by {interrupt} at step {trainer.step} of {trainer.total_steps}; saved. "
+            f"Continue with: python train/run.py --resume {run}",
+            file=sys.stderr,
+        )
+        return 128 + interrupt.signal
+    chance = chance_rsum(result["images"], result["captions"])
+    picture = draw_curves(run, chance)
+    (run / RESULTS).write_text(json.dumps(result | {"split": "test", "chance_rsum": chance}, indent=2) + "\n")
+    print(f"\ntest, {result['images']} images x {result['captions']} captions (best checkpoint by validation rsum)")
+    print(table({config.similarity: result["metrics"]}))
+    print(f"chance rsum {chance:.1f}; {time.perf_counter() - started:.0f} s; curves {picture}; checkpoint {run / 'best'}")
+    return 0

@@ -1,0 +1,108 @@
+"""A run's folder: where it is, what it records, how it is drawn."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from esl_fast.model.checkpoint import existing
+
+METRICS, RESULTS, CURVES = "metrics.jsonl", "results.json", "curves.png"
+LAST, BEST = "last", "best"
+
+
+def find_run(resume: str, logs: str) -> Path:
+    """Folder of the run to resume: ``latest`` under ``logs``, a run's folder, or a checkpoint in it.
+
+    Raises FileNotFoundError saying where it looked.
+    """
+    if resume == "latest":
+        runs = [path.parent for path in Path(logs).glob(f"*/{METRICS}") if existing(path.parent / LAST).is_dir()]
+        if not runs:
+            raise FileNotFoundError(f"nothing to resume: no run with a checkpoint under {Path(logs).resolve()}")
+        return max(runs, key=lambda run: existing(run / LAST).stat().st_mtime)
+    run = Path(resume)
+    run = run.parent if run.name in (LAST, BEST) else run
+    if not existing(run / LAST).is_dir():
+        raise FileNotFoundError(f"nothing to resume: {run} holds no checkpoint {LAST!r}")
+    return run
+
+
+def create_run(logs: str, name: str) -> Path:
+    """A new, writable folder for a run. Raises FileExistsError or OSError with what to do about it."""
+    run = Path(logs) / name
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        if any(run.iterdir()):
+            raise FileExistsError(f"{run} holds a run already: choose another --name, or continue it with --resume {run}")
+        (run / METRICS).touch()
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise OSError(f"cannot write into {run}: {error.strerror}; choose another folder with --logs") from error
+    return run
+
+
+class RunLog:
+    """Writes ``metrics.jsonl`` and TensorBoard scalars; entries after a resumed step are dropped first."""
+
+    def __init__(self, run: Path, resumed_step: int | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = run / METRICS
+        if resumed_step is not None:
+            kept = [entry for entry in read_metrics(run) if entry["step"] <= resumed_step]
+            self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        self._board = SummaryWriter(run / "tensorboard", purge_step=resumed_step and resumed_step + 1)
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """One line, and a scalar ``kind/name`` for each number."""
+        with self.path.open("a") as file:
+            file.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **values}) + "\n")
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        self._board.close()
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """All entries; a last line cut short by a crash is left out."""
+    entries = []
+    for line in (run / METRICS).read_text().splitlines():
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return entries
+
+
+def draw_curves(run: Path, chance: float) -> Path:
+    """Loss, validation recall and rsum over the steps as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    entries = read_metrics(run)
+    of = {kind: [e for e in entries if e["kind"] == kind] for kind in ("train", "val", "test")}
+    figure, (loss, recall, rsum) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    loss.plot([e["step"] for e in of["train"]], [e["loss"] for e in of["train"]])
+    loss.set(title="training loss", xlabel="step")
+    steps = [e["step"] for e in of["val"]]
+    for way, style in (("i2t", "-"), ("t2i", "--")):
+        for k in (1, 5, 10):
+            recall.plot(steps, [e[f"{way}_r{k}"] for e in of["val"]], style, label=f"{way} R@{k}")
+    recall.set(title="validation recall (%)", xlabel="step", ylim=(0, 100))
+    recall.legend(fontsize="small")
+    rsum.plot(steps, [e["rsum"] for e in of["val"]], label="validation")
+    for entry in of["test"]:
+        rsum.plot(entry["step"], entry["rsum"], "o", label=f"test: {entry['rsum']:.1f}")
+    rsum.axhline(chance, color="grey", linestyle=":", label=f"chance on test: {chance:.1f}")
+    rsum.set(title="rsum", xlabel="step", ylim=(0, None))
+    rsum.legend(fontsize="small")
+    path = run / CURVES
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path

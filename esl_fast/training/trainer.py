@@ -1,0 +1,289 @@
+"""The training loop."""
+
+import signal
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from esl_fast.data import DataSet, EpochSampler, PairDataset
+from esl_fast.evaluation import Encoder, evaluate
+from esl_fast.evaluation.protocol import autocast
+from esl_fast.model import MatchingModel, load_checkpoint
+from esl_fast.model.checkpoint import CheckpointError, existing, replacing, write_model
+from esl_fast.ops import contrastive_loss
+from esl_fast.training.config import TrainConfig
+from esl_fast.training.optim import lr_factor, make_optimizer, set_lr
+from esl_fast.training.runs import BEST, LAST, RunLog
+from esl_fast.training.state import read_state, write_state
+
+# What a checkpoint remembers of the trainer itself.
+PROGRESS = ("step", "best_rsum", "evals_since_best", "latest_r1", "validated_step")
+
+
+class Interrupted(Exception):
+    """Training was asked to stop and has saved its state; ``signal`` says by what."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.signal = number
+
+
+class Trainer:
+    """Trains ``model`` on a data set, in the folder ``run``; ``resume`` continues from its last checkpoint.
+
+    One step is one optimizer update on ``batch_size`` pairs. The order of pairs is a function of seed and epoch, the
+    learning rate one of the step, so that a resumed run takes exactly the steps that an uninterrupted one takes.
+    """
+
+    def __init__(
+        self, config: TrainConfig, data: DataSet, model: MatchingModel, run: Path, *, resume: bool = False
+    ) -> None:
+        self.config, self.data, self.run = config, data, run
+        self.device = next(model.parameters()).device
+        self.model = model
+        self.optimizer = make_optimizer(model, config)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.pairs = PairDataset(data.train, model.image_transform, model.tokenize)
+        self.steps_per_epoch = len(self.pairs) // config.batch_size
+        if not self.steps_per_epoch:
+            raise ValueError(f"batch_size is {config.batch_size}, but the training split has {len(self.pairs)} pairs")
+        self.total_steps = config.epochs * self.steps_per_epoch
+        evaluations = min(config.evals_per_epoch, self.steps_per_epoch)
+        self.eval_points = {round(k * self.steps_per_epoch / evaluations) for k in range(1, evaluations + 1)}
+        self.validation = Encoder(data.val, config.eval_batch_size, config.workers, cache_bytes=1 << 30)
+        self.step, self.best_rsum, self.evals_since_best, self.latest_r1 = 0, -1.0, 0, 0.0
+        self.validated_step = -1
+        if resume:
+            self._restore()
+        self.log = RunLog(run, self.step if resume else None)
+        self._signal: int | None = None
+        self._inseparable = False
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the end and evaluate the best checkpoint on the test split; returns its metrics.
+
+        Raises:
+            Interrupted: on Ctrl-C or SIGTERM, after saving.
+            FloatingPointError: the loss is not finite.
+        """
+        with self._catching_signals():
+            try:
+                self._validate_if_due()
+                for epoch in range(self.step // self.steps_per_epoch, self.config.epochs):
+                    if self._exhausted():
+                        tqdm.write(f"stopping early: no better rsum in {self.evals_since_best} evaluations")
+                        break
+                    self._train_epoch(epoch)
+            except Interrupted:
+                # A second signal while saving is the wish to stop at once.
+                self._save(LAST)
+                raise
+        result = evaluate(
+            [lambda: load_checkpoint(self.run / BEST).to(self.device)],
+            self.data.test,
+            batch_size=self.config.eval_batch_size,
+            workers=self.config.workers,
+            precision=self.config.precision,
+        )
+        self.log.write("test", self.step, **result["metrics"])
+        self.log.close()
+        return result
+
+    def _exhausted(self) -> bool:
+        return 0 < self.config.patience <= self.evals_since_best
+
+    def _train_epoch(self, epoch: int) -> None:
+        done = self.step - epoch * self.steps_per_epoch
+        sampler = EpochSampler(len(self.pairs), self.config.seed, epoch, start=done * self.config.batch_size)
+        loader = DataLoader(
+            self.pairs,
+            self.config.batch_size,
+            sampler=sampler,
+            drop_last=True,
+            num_workers=self.config.workers,
+            pin_memory=self.device.type == "cuda",
+            # The loader's own draw must not disturb the generators that a resumed run restores.
+            generator=torch.Generator(),
+            collate_fn=self.pairs.collate,
+            worker_init_fn=_leave_interrupts_to_parent,
+        )
+        label = f"epoch {epoch + 1}/{self.config.epochs}"
+        with tqdm(loader, label, self.steps_per_epoch, initial=done, unit="step", disable=None) as bar:
+            started, since = time.perf_counter(), self.step
+            for batch in bar:
+                self.model.train()
+                with self._uninterrupted():
+                    loss = self._train_step(batch)
+                if self.step % self.config.log_every == 0 or self.step == self.total_steps:
+                    # Only here does the loop wait for the device.
+                    value = loss.item()
+                    if not torch.isfinite(loss):
+                        raise FloatingPointError(
+                            f"the loss is {value} at step {self.step}: try a lower lr, or precision=bf16 or fp32; "
+                            f"the last good state is in {self.run / LAST}"
+                        )
+                    rate = (self.step - since) * self.config.batch_size / (time.perf_counter() - started)
+                    self._report(bar, epoch, value, rate)
+                    started, since = time.perf_counter(), self.step
+                if self._validate_if_due():
+                    started, since = time.perf_counter(), self.step
+                if self._exhausted():
+                    return
+
+    def _report(self, bar: tqdm, epoch: int, loss: float, rate: float) -> None:
+        bar.set_postfix({"loss": f"{loss:.3f}", "images/s": f"{rate:.0f}", "R@1": f"{self.latest_r1:.1f}"})
+        self.log.write(
+            "train",
+            self.step,
+            epoch=epoch + 1,
+            loss=loss,
+            lr=self.optimizer.param_groups[0]["lr"],
+            logit_scale=self.model.logit_scale.exp().item(),
+            images_per_s=round(rate, 1),
+        )
+
+    def _train_step(self, batch: dict[str, Tensor]) -> Tensor:
+        """One optimizer update; returns the loss without waiting for it."""
+        set_lr(self.optimizer, lr_factor(self.step, self.total_steps, self.config.warmup))
+        batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._backward(batch)
+        self.scaler.unscale_(self.optimizer)
+        if self.config.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.model.clamp_logit_scale()
+        self.step += 1
+        return loss
+
+    def _backward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Gradients of the loss over the whole batch, encoded in ``accum_freq`` parts.
+
+        In parts, features are computed first without a graph; the loss's gradient with respect to them is then
+        carried into the towers part by part (GradCache), so that every pair meets every other as in one piece.
+        """
+        parts = self.config.accum_freq
+        if parts == 1:
+            loss = self._loss(*self._encode(batch["image"], batch["tokens"]), batch["image_index"])
+            self.scaler.scale(loss).backward()
+            return loss.detach()
+        chunks = list(zip(batch["image"].chunk(parts), batch["tokens"].chunk(parts), strict=True))
+        with torch.no_grad():
+            encoded = [self._encode(*chunk) for chunk in chunks]
+        features = [torch.cat(side).requires_grad_() for side in zip(*encoded, strict=True)]
+        loss = self._loss(*features, batch["image_index"])
+        self.scaler.scale(loss).backward()
+        gradients = zip(*(side.grad.split([len(c[0]) for c in chunks]) for side in features), strict=True)
+        for chunk, gradient in zip(chunks, gradients, strict=True):
+            sides = zip(self._encode(*chunk), gradient, strict=True)
+            trained = [(side, grad) for side, grad in sides if side.requires_grad]
+            if trained:
+                torch.autograd.backward(*zip(*trained, strict=True))
+        return loss.detach()
+
+    def _encode(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        with autocast(self.device, self.config.precision):
+            image_features, text_features = self.model.encode_image(images), self.model.encode_text(tokens)
+        return image_features.float(), text_features.float()
+
+    def _loss(self, image_features: Tensor, text_features: Tensor, image_index: Tensor) -> Tensor:
+        return contrastive_loss(
+            *self.model.head.sides(image_features, text_features),
+            self.model.logit_scale.exp(),
+            image_ids=image_index,
+            text_ids=image_index,
+            same_owner=self.config.same_image,
+        )
+
+    def _validate_if_due(self) -> bool:
+        """Evaluate on the validation split where the schedule says so; whether it did."""
+        within = self.step % self.steps_per_epoch or (self.steps_per_epoch if self.step else 0)
+        if self.step == self.validated_step or (self.step and within not in self.eval_points):
+            return False
+        metrics = self.validation.encode(self.model, self.config.precision).metrics()
+        with self._uninterrupted():
+            self._record(metrics)
+        return True
+
+    def _record(self, metrics: dict[str, float]) -> None:
+        self.log.write("val", self.step, epoch=round(self.step / self.steps_per_epoch, 3), **metrics)
+        self.validated_step = self.step
+        self.latest_r1 = (metrics["i2t_r1"] + metrics["t2i_r1"]) / 2
+        better = metrics["rsum"] > self.best_rsum
+        self.best_rsum = max(self.best_rsum, metrics["rsum"])
+        self.evals_since_best = 0 if better else self.evals_since_best + 1
+        tqdm.write(
+            f"step {self.step}: validation rsum {metrics['rsum']:.1f} "
+            f"(R@1 image-to-text {metrics['i2t_r1']:.1f}, text-to-image {metrics['t2i_r1']:.1f}){' *' if better else ''}"
+        )
+        if better:
+            self._save(BEST)
+        self._save(LAST)
+
+    def _save(self, name: str) -> None:
+        """A checkpoint that replaces its predecessor whole or not at all; a failure must not cost the run."""
+        progress = {name: getattr(self, name) for name in PROGRESS} | {"scaler": self.scaler.state_dict()}
+        try:
+            with replacing(self.run / name) as folder:
+                write_model(self.model, folder)
+                if name == LAST:
+                    write_state(folder, self.model, self.optimizer, progress)
+        except (OSError, SafetensorError) as error:
+            warnings.warn(
+                f"could not save {self.run / name}: {error}; the checkpoint before it is intact. "
+                "Make room; training goes on and saves again after the next evaluation.",
+                stacklevel=2,
+            )
+
+    def _restore(self) -> None:
+        folder = existing(self.run / LAST)
+        try:
+            self.model.load_state_dict(load_checkpoint(folder).state_dict())
+            progress = read_state(folder, self.model, self.optimizer)
+        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"cannot resume from {folder}: {error}") from error
+        for name in PROGRESS:
+            setattr(self, name, progress[name])
+        if progress["scaler"]:
+            self.scaler.load_state_dict(progress["scaler"])
+
+    @contextmanager
+    def _catching_signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM raise Interrupted, but for what is :meth:`_uninterrupted` only after it."""
+
+        def handle(number: int, frame: Any) -> None:
+            if not self._inseparable:
+                raise Interrupted(number)
+            self._signal = number
+
+        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def _uninterrupted(self) -> Iterator[None]:
+        """What must happen as a whole, so that the state saved after an interrupt is a consistent one."""
+        self._inseparable = True
+        try:
+            yield
+        finally:
+            self._inseparable = False
+        if self._signal is not None:
+            raise Interrupted(self._signal)
+
+
+def _leave_interrupts_to_parent(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
