@@ -2,6 +2,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+TRAIN = ["jsonargparse[signatures]>=4.30", "tensorboard", "matplotlib"]
+
 setup(
     name="esl_fast",
     version="0.1.0",
@@ -23,7 +25,7 @@ setup(
         "pyyaml",
     ],
     extras_require={
-        "train": ["jsonargparse[signatures]>=4.30", "tensorboard", "matplotlib"],
-        "test": ["pytest>=8", "pytest-benchmark", "ruff", "jsonargparse[signatures]>=4.30", "tensorboard", "matplotlib"],
+        "train": TRAIN,
+        "test": ["pytest>=8", "pytest-benchmark", "ruff", *TRAIN],
     },
 )

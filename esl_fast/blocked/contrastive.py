@@ -13,7 +13,7 @@ BLOCK_ELEMENTS = 1 << 22
 
 class ContrastiveLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, images, texts, logit_scale, image_ids, text_ids, same_owner):  # noqa: ANN001
+    def forward(ctx, images, texts, logit_scale, image_ids, text_ids, same_owner):
         (n, m), scale = (images.shape[0], texts.shape[0]), logit_scale.detach()
         row_lse = images.new_empty(n)
         column_max, column_sum = images.new_full((m,), -torch.inf), images.new_zeros(m)
@@ -52,7 +52,7 @@ class ContrastiveLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: ANN001
+    def backward(ctx, grad):
         images, texts, logit_scale, image_ids, text_ids, row_lse, column_lse, *rest = ctx.saved_tensors
         row_weight, column_weight, row_count, column_count = rest
         scale = logit_scale.detach()
@@ -77,7 +77,7 @@ class ContrastiveLoss(torch.autograd.Function):
         return d_images.mul_(factor), d_texts.mul_(factor), d_scale, None, None, None
 
 
-def _logit_blocks(images, texts, scale, image_ids, text_ids, same_owner):  # noqa: ANN001, ANN202
+def _logit_blocks(images, texts, scale, image_ids, text_ids, same_owner):
     """Yield rows as a slice, their logits, and their positives (None: the diagonal)."""
     n, m = images.shape[0], texts.shape[0]
     block = max(16, BLOCK_ELEMENTS // max(m, 1))

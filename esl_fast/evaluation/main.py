@@ -28,7 +28,7 @@ class EvaluateConfig:
         image_root: Folder of the images, where it is not the usual one under data_root.
         annotations: Annotation file, where it is not the usual one under data_root.
         features: .npy file of precomputed image features, where data_root holds more than one.
-        on_error: What to do with an unreadable image or record: raise names it and stops, skip leaves it out and counts.
+        on_error: What an unreadable image or record does: raise names it and stops, skip leaves it out and counts.
         split: train, val or test.
         five_folds: Also average over five folds of 1,000 images (COCO 1K).
         batch_size: Images or captions encoded at a time.

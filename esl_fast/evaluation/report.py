@@ -14,7 +14,7 @@ def table(rows: Mapping[str, Mapping[str, float]]) -> str:
     width = max(len(name) for name in rows)
     half = len(COLUMNS) // 2 * 7
     lines = [
-        f"{'':{width}} {'image-to-text':^{half}} |{'text-to-image':^{half}} |",
+        f"{'':{width}} {'image-to-text':^{half}} |{'text-to-image':^{half}} |{'':7}",
         f"{'':{width}} "
         + " |".join("".join(f"{title:>7}" for _, title in COLUMNS[i : i + 5]) for i in (0, 5))
         + " |   rsum",

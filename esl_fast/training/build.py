@@ -3,7 +3,6 @@
 import inspect
 import random
 
-import numpy as np
 import torch
 
 from esl_fast.data import LOADERS, DataSet, load_dataset
@@ -14,7 +13,6 @@ from esl_fast.training.config import TrainConfig
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:
     random.seed(seed)
-    np.random.seed(seed)
     torch.manual_seed(seed)
     if deterministic:
         torch.use_deterministic_algorithms(True)

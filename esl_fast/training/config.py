@@ -27,7 +27,7 @@ class TrainConfig:
         image_root: Folder of the images, where it is not the usual one under data_root.
         annotations: Annotation file, where it is not the usual one under data_root.
         features: .npy file of precomputed image features, where data_root holds more than one.
-        on_error: What to do with an unreadable image or record: raise names it and stops, skip leaves it out and counts.
+        on_error: What an unreadable image or record does: raise names it and stops, skip leaves it out and counts.
         similarity: esl-heuristic, esl-adaptive or cosine (the baseline).
         kernel_size: ESL: a level has 1/kernel_size of its predecessor's units.
         num_levels: ESL: levels beyond the embedding itself.

@@ -55,5 +55,6 @@ def train(config: TrainConfig) -> int:
     (run / RESULTS).write_text(json.dumps(result | {"split": "test", "chance_rsum": chance}, indent=2) + "\n")
     print(f"\ntest, {result['images']} images x {result['captions']} captions (best checkpoint by validation rsum)")
     print(table({config.similarity: result["metrics"]}))
-    print(f"chance rsum {chance:.1f}; {time.perf_counter() - started:.0f} s; curves {picture}; checkpoint {run / 'best'}")
+    seconds = time.perf_counter() - started
+    print(f"chance rsum {chance:.1f}; {seconds:.0f} s; curves {picture}; checkpoint {run / 'best'}")
     return 0

@@ -34,7 +34,9 @@ def create_run(logs: str, name: str) -> Path:
     try:
         run.mkdir(parents=True, exist_ok=True)
         if any(run.iterdir()):
-            raise FileExistsError(f"{run} holds a run already: choose another --name, or continue it with --resume {run}")
+            raise FileExistsError(
+                f"{run} holds a run already: choose another --name, or continue it with --resume {run}"
+            )
         (run / METRICS).touch()
     except FileExistsError:
         raise

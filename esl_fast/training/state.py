@@ -5,7 +5,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,9 +22,7 @@ def write_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
         for key, value in state.items():
             tensors[f"optimizer.{names[id(parameter)]}.{key}"] = value.detach().cpu().contiguous()
     save_file(tensors, folder / TENSORS)
-    numpy_state = np.random.get_state()
-    generators = {"python": random.getstate(), "numpy": [numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]]}
-    (folder / PROGRESS).write_text(json.dumps({"progress": progress, "generators": generators}))
+    (folder / PROGRESS).write_text(json.dumps({"progress": progress, "python_rng": random.getstate()}))
 
 
 def read_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -41,8 +38,6 @@ def read_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
     cuda = [tensors[f"rng.cuda.{i}"] for i in range(torch.cuda.device_count()) if f"rng.cuda.{i}" in tensors]
     if cuda:
         torch.cuda.set_rng_state_all(cuda)
-    version, internal, gauss = saved["generators"]["python"]
+    version, internal, gauss = saved["python_rng"]
     random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = saved["generators"]["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     return saved["progress"]

@@ -1,5 +1,6 @@
 """The training loop."""
 
+import math
 import signal
 import time
 import warnings
@@ -118,28 +119,25 @@ class Trainer:
         )
         label = f"epoch {epoch + 1}/{self.config.epochs}"
         with tqdm(loader, label, self.steps_per_epoch, initial=done, unit="step", disable=None) as bar:
-            started, since = time.perf_counter(), self.step
+            clock = _Clock(self.step)
             for batch in bar:
                 self.model.train()
                 with self._uninterrupted():
                     loss = self._train_step(batch)
-                if self.step % self.config.log_every == 0 or self.step == self.total_steps:
-                    # Only here does the loop wait for the device.
-                    value = loss.item()
-                    if not torch.isfinite(loss):
-                        raise FloatingPointError(
-                            f"the loss is {value} at step {self.step}: try a lower lr, or precision=bf16 or fp32; "
-                            f"the last good state is in {self.run / LAST}"
-                        )
-                    rate = (self.step - since) * self.config.batch_size / (time.perf_counter() - started)
-                    self._report(bar, epoch, value, rate)
-                    started, since = time.perf_counter(), self.step
+                    if self.step % self.config.log_every == 0 or self.step == self.total_steps:
+                        self._report(bar, epoch, loss, clock.rate(self.step) * self.config.batch_size)
                 if self._validate_if_due():
-                    started, since = time.perf_counter(), self.step
+                    clock = _Clock(self.step)
                 if self._exhausted():
                     return
 
-    def _report(self, bar: tqdm, epoch: int, loss: float, rate: float) -> None:
+    def _report(self, bar: tqdm, epoch: int, loss_on_device: Tensor, rate: float) -> None:
+        loss = loss_on_device.item()  # only here does the loop wait for the device
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss} at step {self.step}: try a lower lr, or precision=bf16 or fp32; "
+                f"the last good state is in {self.run / LAST}"
+            )
         bar.set_postfix({"loss": f"{loss:.3f}", "images/s": f"{rate:.0f}", "R@1": f"{self.latest_r1:.1f}"})
         self.log.write(
             "train",
@@ -224,7 +222,8 @@ class Trainer:
         self.evals_since_best = 0 if better else self.evals_since_best + 1
         tqdm.write(
             f"step {self.step}: validation rsum {metrics['rsum']:.1f} "
-            f"(R@1 image-to-text {metrics['i2t_r1']:.1f}, text-to-image {metrics['t2i_r1']:.1f}){' *' if better else ''}"
+            f"(R@1 image-to-text {metrics['i2t_r1']:.1f}, text-to-image {metrics['t2i_r1']:.1f})"
+            f"{' *' if better else ''}"
         )
         if better:
             self._save(BEST)
@@ -283,6 +282,19 @@ class Trainer:
             self._inseparable = False
         if self._signal is not None:
             raise Interrupted(self._signal)
+
+
+class _Clock:
+    """Steps a second since it was last asked."""
+
+    def __init__(self, step: int) -> None:
+        self._step, self._time = step, time.perf_counter()
+
+    def rate(self, step: int) -> float:
+        now = time.perf_counter()
+        rate = (step - self._step) / (now - self._time)
+        self._step, self._time = step, now
+        return rate
 
 
 def _leave_interrupts_to_parent(worker: int) -> None:

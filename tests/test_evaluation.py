@@ -1,0 +1,110 @@
+"""Ranks, metrics and the evaluation protocol."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from esl_fast.data import Split
+from esl_fast.evaluation import chance_rsum, evaluate, ranks_from_similarity, recall_metrics, table
+from esl_fast.evaluation.main import collect_checkpoints
+from esl_fast.model import MatchingModel, ModelConfig
+from esl_fast.reference.ranks import retrieval_ranks
+
+
+def arrays(features: np.ndarray, captions_each: int, name: str = "test") -> Split:
+    captions = [[f"word{i} number{c}" for c in range(captions_each)] for i in range(len(features))]
+    return Split.from_lists(name, features, captions, [str(i) for i in range(len(features))])
+
+
+def tiny_model(seed: int, similarity: str = "esl-heuristic") -> MatchingModel:
+    torch.manual_seed(seed)
+    config = ModelConfig(
+        similarity=similarity, num_levels=3, image_tower="features", text_tower="bag", feature_dim=6, bag_size=40,
+        embed_dim=16,
+    )  # fmt: skip
+    model = MatchingModel(config)
+    model.text_tower.entry_of.copy_(torch.arange(len(model.text_tower.entry_of)) % 40)
+    return model
+
+
+def test_ranks_of_a_matrix_follow_the_definition():
+    scores = torch.randint(0, 6, (23, 57)).double()
+    owners = torch.randint(0, 23, (57,))
+    for ours, expected in zip(ranks_from_similarity(scores, owners), retrieval_ranks(scores, owners), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_a_constant_matrix_scores_nothing():
+    image_ranks, text_ranks = ranks_from_similarity(np.zeros((20, 100)), np.repeat(np.arange(20), 5))
+    assert (image_ranks == 99).all()
+    assert (text_ranks == 19).all()
+    assert recall_metrics(image_ranks, text_ranks)["rsum"] == 0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_non_finite_scores_name_their_rows(value):
+    scores = np.random.default_rng(0).normal(size=(4, 20))
+    scores[2, 7] = value
+    with pytest.raises(ValueError, match="non-finite scores in 1 of 4 rows: 2"):
+        ranks_from_similarity(scores, np.repeat(np.arange(4), 5))
+
+
+def test_metrics_by_hand():
+    metrics = recall_metrics(torch.tensor([0, 4, 9, 30]), torch.tensor([0, 0, 1, 12]))
+    assert [metrics[f"i2t_r{k}"] for k in (1, 5, 10)] == [25, 50, 75]
+    assert [metrics[f"t2i_r{k}"] for k in (1, 5, 10)] == [50, 75, 75]
+    assert metrics["rsum"] == 350
+    assert metrics["i2t_median_rank"] == 7.5
+    assert metrics["i2t_mean_rank"] == 11.75
+
+
+def test_chance_is_what_random_scores_give():
+    owners = torch.arange(250) // 5
+    rsums = [recall_metrics(*ranks_from_similarity(torch.rand(50, 250), owners))["rsum"] for _ in range(200)]
+    assert np.mean(rsums) == pytest.approx(chance_rsum(50, 250), rel=0.05)
+
+
+def test_the_table_holds_every_figure():
+    metrics = recall_metrics(torch.tensor([0, 4]), torch.tensor([2, 3]))
+    lines = table({"ours": metrics, "cosine": metrics}).splitlines()
+    assert len(lines) == 4
+    assert len({len(line) for line in lines}) == 1
+    assert lines[2].split()[-1] == f"{metrics['rsum']:.1f}"
+
+
+def test_only_the_first_five_captions_count():
+    features = np.random.default_rng(0).normal(size=(12, 6)).astype(np.float32)
+    assert evaluate([lambda: tiny_model(0)], arrays(features, 7))["captions"] == 60
+
+
+def test_an_ensemble_ranks_the_mean_of_the_matrices(tmp_path):
+    features = np.random.default_rng(0).normal(size=(30, 6)).astype(np.float32)
+    split = arrays(features, 5)
+    for seeds, name in (((0,), "a"), ((1,), "b"), ((0, 1), "both")):
+        loads = [lambda seed=seed: tiny_model(seed) for seed in seeds]
+        result = evaluate(loads, split, batch_size=7, save_similarity=tmp_path / f"{name}.npy")
+    matrices = {name: np.load(tmp_path / f"{name}.npy") for name in ("a", "b", "both")}
+    np.testing.assert_allclose(matrices["both"], (matrices["a"] + matrices["b"]) / 2, rtol=1e-4, atol=1e-7)
+    assert result["metrics"] == recall_metrics(*ranks_from_similarity(matrices["both"], split.owners))
+
+
+def test_five_folds_average_thousand_images_each(tmp_path):
+    features = np.random.default_rng(0).normal(size=(5000, 6)).astype(np.float32)
+    split = arrays(features, 1)
+    result = evaluate([lambda: tiny_model(0)], split, five_folds=True, save_similarity=tmp_path / "s.npy")
+    matrix = np.load(tmp_path / "s.npy")
+    folds = [
+        recall_metrics(*ranks_from_similarity(matrix[i : i + 1000, i : i + 1000], np.arange(1000)))["rsum"]
+        for i in range(0, 5000, 1000)
+    ]
+    assert result["five_folds"]["rsum"] == pytest.approx(np.mean(folds), abs=0.2)
+    with pytest.raises(ValueError, match="5 folds take 5000 images; split 'test' has 10"):
+        evaluate([lambda: tiny_model(0)], split.subset(range(10)), five_folds=True)
+
+
+def test_checkpoints_may_follow_one_option_or_several():
+    both = ["--split=val", f"--checkpoint={json.dumps(['a', 'b'])}"]
+    assert collect_checkpoints(["--checkpoint", "a", "b", "--split=val"]) == both
+    assert collect_checkpoints(["--checkpoint", "a", "--split=val", "--checkpoint=b"]) == both

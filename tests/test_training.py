@@ -1,0 +1,264 @@
+"""Training runs end to end on small data: learning, resuming, stopping, failing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from esl_fast import load_checkpoint
+from esl_fast.evaluation.main import main as evaluate_main
+from esl_fast.model import checkpoint
+from esl_fast.training import TrainConfig, Trainer, build_data, build_model, main, seed_everything, trainer
+from esl_fast.training.config import parse, recipe
+from esl_fast.training.optim import lr_factor
+from esl_fast.training.runs import find_run, read_metrics
+
+RUN_SCRIPT = Path(__file__).parents[1] / "train" / "run.py"
+WORDS = ["red", "blue", "green", "dog", "cat", "bird", "runs", "sits", "jumps", "house", "tree", "lake"]
+
+
+@pytest.fixture(scope="session")
+def features_root(tmp_path_factory) -> Path:
+    """60 / 20 / 20 images whose features are a noisy linear map of the words in their captions."""
+    root = tmp_path_factory.mktemp("features")
+    rng = np.random.default_rng(0)
+    maps, records, features = rng.normal(size=(len(WORDS), 24)), [], []
+    for i in range(100):
+        chosen = rng.choice(len(WORDS), 4, replace=False)
+        features.append(maps[chosen].sum(0) + 0.1 * rng.normal(size=24))
+        sentences = [{"raw": " ".join(WORDS[w] for w in rng.permutation(chosen))} for _ in range(5)]
+        split = "train" if i < 60 else "val" if i < 80 else "test"
+        records.append({"filename": f"{i}.jpg", "split": split, "sentences": sentences})
+    (root / "dataset_tiny.json").write_text(json.dumps({"images": records}))
+    np.save(root / "image_features.npy", np.array(features, dtype=np.float16))
+    return root
+
+
+@pytest.fixture(scope="session")
+def pictures_root(features_root, tmp_path_factory) -> Path:
+    """The same captions with small JPEGs, and the configuration of towers to match."""
+    root = tmp_path_factory.mktemp("pictures")
+    (root / "images").mkdir()
+    rng = np.random.default_rng(0)
+    data = json.loads((features_root / "dataset_tiny.json").read_text())
+    for record in data["images"]:
+        noise = rng.integers(0, 255, (40, 36, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(root / "images" / record["filename"])
+    (root / "dataset_tiny.json").write_text(json.dumps(data))
+    clip = {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 16},
+        "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
+    }
+    (root / "tiny.json").write_text(json.dumps(clip))
+    return root
+
+
+def options(root: Path, logs: Path, *more: str) -> list[str]:
+    return [
+        "--dataset=features", f"--data-root={root}", f"--logs={logs}", "--name=run", "--embed-dim=32", "--num-levels=3",
+        "--epochs=3", "--batch-size=32", "--log-every=1", *more,
+    ]  # fmt: skip
+
+
+def losses(run: Path) -> list[float]:
+    return [entry["loss"] for entry in read_metrics(run) if entry["kind"] == "train"]
+
+
+@pytest.mark.parametrize("similarity", ["esl-heuristic", "esl-adaptive", "cosine"])
+def test_a_run_learns_and_leaves_what_it_promises(features_root, tmp_path, capsys, similarity):
+    argv = options(features_root, tmp_path, "--epochs=12", "--lr=0.01", f"--similarity={similarity}")
+    assert main(argv) == 0
+    run = tmp_path / "run"
+    validation = [entry["rsum"] for entry in read_metrics(run) if entry["kind"] == "val"]
+    assert max(validation) > 1.5 * validation[0]
+    result = json.loads((run / "results.json").read_text())
+    assert result["metrics"]["rsum"] > 1.5 * result["chance_rsum"]
+    assert (run / "curves.png").stat().st_size > 10_000
+    assert list((run / "tensorboard").iterdir())
+    assert "rsum" in capsys.readouterr().out
+
+    output = tmp_path / "metrics.json"
+    again = [f"--checkpoint={run / 'best'}", "--dataset=features", f"--data-root={features_root}", f"--output={output}"]
+    assert evaluate_main(again) == 0
+    assert json.loads(output.read_text())["metrics"] == result["metrics"]
+
+
+def test_pictures_train_with_an_open_clip_tower(pictures_root, tmp_path):
+    argv = [
+        "--dataset=karpathy", f"--data-root={pictures_root}", f"--model={pictures_root / 'tiny.json'}",
+        "--pretrained=none", f"--logs={tmp_path}", "--name=run", "--num-levels=3", "--epochs=1", "--batch-size=60",
+        "--accum-freq=2", "--precision=bf16", "--workers=1", "--evals-per-epoch=2", "--freeze-image-layers=1",
+    ]  # fmt: skip
+    assert main(argv) == 0
+    model = load_checkpoint(tmp_path / "run" / "best")
+    assert model(torch.randn(2, 3, 32, 32), model.tokenize(["a red dog", "a cat", "a bird"])).shape == (2, 3)
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_by_bit(features_root, tmp_path, monkeypatch):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert main(options(features_root, whole)) == 0
+
+    steps = 0
+    step = Trainer._train_step
+
+    def interrupted(self, batch):
+        nonlocal steps
+        steps += 1
+        if steps in (5, 13):  # in the middle of an epoch
+            os.kill(os.getpid(), signal.SIGINT if steps == 5 else signal.SIGTERM)
+        return step(self, batch)
+
+    monkeypatch.setattr(Trainer, "_train_step", interrupted)
+    assert main(options(features_root, broken)) == 128 + signal.SIGINT
+    assert main(["--resume=latest", f"--logs={broken}"]) == 128 + signal.SIGTERM
+    assert main([f"--resume={broken / 'run'}"]) == 0
+    assert losses(broken / "run") == losses(whole / "run")
+    results = [json.loads((logs / "run" / "results.json").read_text()) for logs in (whole, broken)]
+    assert results[0] == results[1]
+    ours, theirs = (load_checkpoint(logs / "run" / "last").state_dict() for logs in (whole, broken))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_accumulation_sees_the_whole_batch(features_root, tmp_path):
+    for freq in (1, 3):
+        assert main(options(features_root, tmp_path / str(freq), f"--accum-freq={freq}", "--grad-clip=0")) == 0
+    once, thrice = losses(tmp_path / "1" / "run"), losses(tmp_path / "3" / "run")
+    np.testing.assert_allclose(once, thrice, rtol=1e-4)
+
+
+def test_killed_at_any_moment_a_run_can_be_resumed(features_root, tmp_path):
+    argv = options(features_root, tmp_path, "--epochs=400", "--evals-per-epoch=9")
+    command = [sys.executable, str(RUN_SCRIPT), *argv]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "last").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.7)  # saving goes on all the time
+    process.kill()
+    process.wait()
+    assert load_checkpoint(tmp_path / "run" / "last") is not None
+    assert load_checkpoint(tmp_path / "run" / "best") is not None
+    assert main([f"--resume={tmp_path / 'run'}", "--epochs=1"]) == 0
+
+
+def test_a_full_disk_costs_a_warning_not_the_run(features_root, tmp_path, monkeypatch):
+    save = checkpoint.save_file
+    calls = 0
+
+    def failing(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise OSError(28, "No space left on device")
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save_file", failing)
+    with pytest.warns(UserWarning, match="No space left on device.*the checkpoint before it is intact"):
+        assert main(options(features_root, tmp_path)) == 0
+    assert load_checkpoint(tmp_path / "run" / "last") is not None
+    assert not list((tmp_path / "run").glob("*.tmp-*"))
+
+
+def test_early_stopping_and_the_same_run_again(features_root, tmp_path, capsys):
+    argv = options(features_root, tmp_path, "--epochs=40", "--patience=2", "--lr=0", "--head-lr=0")
+    assert main(argv) == 0
+    assert sum(entry["kind"] == "val" for entry in read_metrics(tmp_path / "run")) == 3
+    assert main(argv) == 2
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(features_root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trainer, "contrastive_loss", lambda *a, **k: a[0].sum() * float("nan"))
+    assert main(options(features_root, tmp_path)) == 2
+    assert "the loss is nan at step 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--bogus=1"], "bogus"),
+        (["--epochs=some"], "epochs"),
+        (["--similarity=dot"], "similarity"),
+    ],
+)
+def test_unknown_options_are_named(argv, message, capsys):
+    with pytest.raises(SystemExit):
+        parse(argv)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--epochs=0"], "epochs is 0; expected at least 1"),
+        (["--device=cuda:77"], "cuda:77"),
+        (["--dataset=flickr30k"], "say where with --data-root"),
+        (["--dataset=karpathy", "--data-root=/nowhere"], "/nowhere"),
+        (["--model=ViT-Z-99"], "ViT-Z-99"),
+        (["--resume=/nowhere"], "nothing to resume"),
+        (["--logs=/proc/nowhere"], "cannot write into /proc/nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(argv, message, tmp_path, capsys):
+    logs = [] if any(arg.startswith("--logs") for arg in argv) else [f"--logs={tmp_path}"]
+    assert main([*argv, *logs]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_config_file_is_overridden_by_the_command_line(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("dataset: features\nepochs: 7\nlr: 0.5\n")
+    config = parse([f"--config={file}", "--lr", "0.25"])
+    assert (config.epochs, config.lr, config.text_tower) == (7, 0.25, "bag")
+    file.write_text("dataset: features\nlearning_rate: 7\n")
+    with pytest.raises(SystemExit):
+        parse([f"--config={file}"])
+
+
+def test_the_official_recipe_is_the_default_on_the_official_data():
+    for dataset in ("flickr30k", "coco", "karpathy"):
+        config = TrainConfig(dataset=dataset, **recipe(dataset))
+        assert (config.model, config.pretrained, config.seed) == ("ViT-B-16", "openai", 24)
+        assert (config.lr, config.head_lr, config.wd, config.eps) == (1e-6, 3e-5, 0.2, 1e-6)
+        assert (config.batch_size, config.epochs, config.warmup, config.grad_clip) == (64, 15, 0.1, 1.0)
+
+
+def test_the_learning_rate_rises_and_falls():
+    factors = [lr_factor(step, 100, 0.1) for step in range(100)]
+    assert factors[:3] == [0.1, 0.2, pytest.approx(0.3)]
+    assert max(factors) == factors[9] == 1
+    assert factors[55] == pytest.approx(0.5)
+    assert factors[99] < 1e-3
+
+
+def test_selection_never_looks_at_test(features_root, tmp_path):
+    config = TrainConfig(
+        dataset="features", data_root=str(features_root), embed_dim=32, num_levels=3, text_tower="bag", epochs=1
+    )
+    data = build_data(config)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").touch()
+    seed_everything(0)
+
+    class Forbidden:
+        def __getattr__(self, name):
+            raise AssertionError("the test split was touched")
+
+    data.test = Forbidden()
+    one = Trainer(config, data, build_model(config, data), run)
+    with pytest.raises(AssertionError, match="touched"):
+        one.fit()
+    assert one.step == one.total_steps
+    assert find_run(str(run / "best"), str(tmp_path)) == run
