@@ -10,7 +10,7 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.transform import PreprocessCfg
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
 CONFIGS = Path(__file__).with_name("configs")
@@ -139,7 +139,7 @@ def image_transform(config: dict[str, Any]) -> Callable:
     """open_clip's evaluation transform (resize, centre crop, RGB, normalise), used in training and test alike."""
     preprocess = dict(config["preprocess"])
     preprocess["size"] = config["vision_cfg"].get("image_size", 224)
-    return open_clip.image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
+    return image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
 
 
 def make_tokenizer(config: dict[str, Any] | None) -> Callable[[list[str]], Tensor]:

@@ -24,7 +24,5 @@ def fold(units: Tensor, matrices: Sequence[Tensor], scales: Tensor, *, side: str
     ``x^T D y`` is ``x . (D y)`` (``side="text"``) as well as ``(D^T x) . y`` (``side="image"``).
     """
     parts = units.split([m.shape[0] for m in matrices], dim=-1)
-    return torch.cat(
-        [scale * (part @ (m.mT if side == "text" else m)) for part, m, scale in zip(parts, matrices, scales, strict=True)],
-        dim=-1,
-    )
+    levels = zip(parts, matrices, scales, strict=True)
+    return torch.cat([scale * (part @ (m.mT if side == "text" else m)) for part, m, scale in levels], dim=-1)

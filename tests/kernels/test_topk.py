@@ -1,0 +1,97 @@
+import pytest
+import torch
+
+from esl_fast.kernels.topk import topk, topk_stream, topk_update
+from esl_fast.reference.topk import topk as reference
+
+
+def units(n, width, device, seed=0):
+    """Small integers: products are exact and tie often."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-2, 3, (n, width), generator=generator).float().to(device)
+
+
+def assert_same(found, expected):
+    assert torch.equal(found[0], expected[0].float())
+    assert torch.equal(found[1], expected[1])
+    assert found[1].dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("queries", "gallery", "width", "k"),
+    [(1, 1, 3, 1), (3, 131, 9, 10), (5, 129, 4, 128), (2, 300, 9, 300), (67, 140, 33, 3), (2, 64, 2, 3)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_equals_the_definition(queries, gallery, width, k, dtype, device, poison):
+    a, b = units(queries, width, device).to(dtype), units(gallery, width, device, 1).to(dtype)
+    assert_same(topk(a, b, k), reference(a.float() @ b.float().mT, k))
+
+
+def test_bfloat16_is_compared_in_float32(device):
+    a = torch.tensor([[1.0, 2.0**-9]], dtype=torch.bfloat16, device=device)
+    b = torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=torch.bfloat16, device=device)
+    assert topk(a, b, 2)[1].tolist() == [[1, 0]]
+
+
+def test_what_is_not_finite(device):
+    a = torch.ones(1, 1, device=device)
+    scores = torch.tensor([torch.nan, -1, -torch.inf, torch.inf, -0.0, 0.0, -1], device=device)
+    assert_same(topk(a, scores[:, None], 7), reference(scores[None], 7))
+
+
+def test_all_ties_come_in_order(device):
+    _, indices = topk(torch.ones(3, 5, device=device), torch.ones(300, 5, device=device), 20)
+    assert torch.equal(indices, torch.arange(20, device=device).expand(3, 20))
+
+
+def test_rising_scores_replace_everything(device):
+    gallery = torch.arange(300.0, device=device)[:, None]
+    values, indices = topk(torch.ones(2, 1, device=device), gallery, 40)
+    assert indices[1].tolist() == list(range(299, 259, -1))
+    assert torch.equal(values, indices.float())
+
+
+@pytest.mark.parametrize("block", [1, 50, 128, 1000])
+def test_stream_of_a_host_tensor(block, device):
+    a, b = units(9, 9, device), units(301 if block > 1 else 9, 9, torch.device("cpu"), 1)
+    assert_same(topk_stream(a, b, 5, block=block), reference(a @ b.to(device).mT, 5))
+
+
+def test_stream_of_blocks_in_any_order(device):
+    a, b = units(9, 9, device), units(301, 9, torch.device("cpu"), 1)
+    blocks = [(200, b[200:]), (0, b[:7]), (7, b[7:7]), (7, b[7:200])]
+    assert_same(topk_stream(a, iter(blocks), 20), reference(a @ b.to(device).mT, 20))
+
+
+def test_stream_far_into_a_gallery(device):
+    a, b = units(9, 9, device), units(50, 9, torch.device("cpu"), 1)
+    start = 2**31 - 20
+    values, indices = reference(a @ b.to(device).mT, 20)
+    assert_same(topk_stream(a, [(start, b)], 20), (values, indices + start))
+
+
+def test_rows_beyond_int32(device):
+    stride = 2**29 + 3
+    b = torch.empty(8 * stride, dtype=torch.float16, device=device).as_strided((8, 9), (stride, 1))
+    b.copy_(units(8, 9, device))
+    a = units(5, 9, device, 1).half()
+    assert_same(topk(a, b, 3), reference(a.float() @ b.float().mT, 3))
+
+
+def test_empty(device):
+    values, indices = topk(units(0, 3, device), units(4, 3, device), 2)
+    assert values.shape == indices.shape == (0, 2)
+
+
+def test_registration(device):
+    keys = torch.arange(6, device=device).view(2, 3) + torch.iinfo(torch.int64).min
+    torch.library.opcheck(topk_update, (keys, units(2, 7, device), units(9, 7, device, 1), 0))
+
+
+@pytest.mark.parametrize("k", [0, -1, 5])
+def test_errors(k, device):
+    a = units(4, 8, device)
+    with pytest.raises(ValueError, match="k is"):
+        topk(a, a, k)
+    with pytest.raises(ValueError, match="k is"):
+        topk_stream(a, a.cpu(), k)

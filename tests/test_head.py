@@ -1,0 +1,458 @@
+"""The ESL head against golden files, the definition in float64, and everything a caller may hand it."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from helpers import (
+    AGGREGATORS,
+    Definition,
+    golden_files,
+    gradient_errors,
+    info_nce,
+    load_golden,
+    random_head,
+    relative_error,
+)
+
+from esl_fast import ESLHead
+from esl_fast.model import SIMILARITIES, CosineHead, make_head, official
+
+GOLDEN = [pytest.param(path, id=path.stem) for path in golden_files("clip_*.safetensors")]
+GOLDEN_TRAIN = [pytest.param(path, id=path.stem) for path in golden_files("clip_*_train.safetensors")]
+either = pytest.mark.parametrize("aggregator", AGGREGATORS)
+# With gradients the readable form runs, without them the blocked one.
+either_path = pytest.mark.parametrize("grad", [False, True], ids=["blocked", "autograd"])
+
+
+def exact(head: ESLHead) -> Definition:
+    return Definition({key: value.double() for key, value in head.to_official().items()})
+
+
+@pytest.mark.parametrize("path", GOLDEN)
+@either_path
+def test_golden_values(path, grad):
+    parameters, golden = load_golden(path)
+    head = ESLHead.from_official(parameters).eval()
+    images, texts = golden["image_features"], golden["text_features"]
+    with torch.set_grad_enabled(grad):
+        computed = {
+            "image_units": head.image_units(images),
+            "text_units": head.text_units(texts),
+            "similarity": head(images, texts),
+        }
+    definition = exact(head)
+    defined = {
+        "image_units": torch.cat(definition.units(images.double(), "image"), -1),
+        "text_units": torch.cat(definition.units(texts.double(), "text"), -1),
+        "similarity": definition.similarity(images.double(), texts.double()),
+    }
+    for name, value in computed.items():
+        assert value.requires_grad == grad
+        assert relative_error(value, golden[name]) <= 1e-5, name
+        assert relative_error(value, defined[name]) <= 1e-6, name
+
+
+def loss_and_gradients(head: ESLHead, images, texts, logit_scale):
+    """InfoNCE loss and its gradients under the names that golden files use."""
+    inputs = {"image_features": images, "text_features": texts, "logit_scale": logit_scale}
+    for value in inputs.values():
+        value.requires_grad_()
+    loss = info_nce(head(images, texts), logit_scale)
+    loss.backward()
+    own = {name: parameter.grad for name, parameter in head.named_parameters()}
+    own["contribution.temp_scale"] = torch.zeros(())  # a buffer
+    return loss, official.write_head(own, head.aggregator) | {name: value.grad for name, value in inputs.items()}
+
+
+def defined_gradients(head: ESLHead, images, texts, logit_scale):
+    """The same from the definition, in float64."""
+    parameters = {key: value.double().requires_grad_() for key, value in head.to_official().items()}
+    inputs = {"image_features": images, "text_features": texts, "logit_scale": logit_scale}
+    inputs = {name: value.detach().double().requires_grad_() for name, value in inputs.items()}
+    similarity = Definition(parameters).similarity(inputs["image_features"], inputs["text_features"])
+    loss = info_nce(similarity, inputs["logit_scale"])
+    leaves = inputs | {key: value for key, value in parameters.items() if "temp_scale.weight" not in key}
+    return loss, dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+
+
+@pytest.mark.parametrize("path", GOLDEN_TRAIN)
+def test_golden_gradients(path):
+    parameters, golden = load_golden(path)
+    expected = {key.removeprefix("grad."): value for key, value in golden.items() if key.startswith("grad.")}
+    inputs = [golden[name] for name in ("image_features", "text_features", "logit_scale")]
+    loss, gradients = loss_and_gradients(ESLHead.from_official(parameters), *inputs)
+    assert relative_error(loss, golden["loss"].squeeze()) <= 1e-6
+    errors = gradient_errors(gradients, expected)
+    assert len(errors) == len(list(ESLHead.from_official(parameters).to_official())) - 1 + 3  # all but `temp_scale`
+    assert max(errors.values()) <= 3e-4, errors
+
+
+@pytest.mark.parametrize("path", GOLDEN_TRAIN)
+def test_golden_gradients_float64(path):
+    parameters, golden = load_golden(path)
+    head = ESLHead.from_official(parameters).double()
+    inputs = [golden[name].double() for name in ("image_features", "text_features", "logit_scale")]
+    loss, gradients = loss_and_gradients(head, *inputs)
+    defined, expected = defined_gradients(head, *inputs)
+    assert relative_error(loss, defined) <= 1e-12
+    errors = gradient_errors(gradients, expected)
+    assert max(errors.values()) <= 1e-6, errors
+
+
+SIZES = [
+    (512, 2, 8), (640, 2, 8), (768, 2, 8), (1024, 2, 8), (1152, 2, 8), (300, 2, 8), (257, 2, 7), (301, 3, 5),
+    (100, 7, 2), (6, 1, 3), (5, 2, 0), (1, 2, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("embed_dim", "kernel_size", "num_levels"), SIZES)
+@either
+@either_path
+def test_every_size(aggregator, embed_dim, kernel_size, num_levels, grad):
+    head = random_head(aggregator, embed_dim, kernel_size, num_levels)
+    images, texts = torch.randn(5, embed_dim), torch.randn(9, embed_dim)
+    with torch.set_grad_enabled(grad):
+        similarity = head(images, texts)
+    assert relative_error(similarity, exact(head).similarity(images.double(), texts.double())) <= 1e-6
+
+
+@pytest.mark.parametrize(("embed_dim", "kernel_size", "num_levels"), [(37, 2, 4), (81, 3, 3), (9, 4, 1)])
+@either
+def test_gradients_of_every_size(aggregator, embed_dim, kernel_size, num_levels):
+    head = random_head(aggregator, embed_dim, kernel_size, num_levels).double()
+    inputs = torch.randn(6, embed_dim).double(), torch.randn(6, embed_dim).double(), torch.ones(1).double()
+    _, expected = defined_gradients(head, *inputs)
+    errors = gradient_errors(loss_and_gradients(head, *inputs)[1], expected)
+    assert max(errors.values()) <= 1e-6, errors
+
+
+@pytest.mark.parametrize("count", [(0, 3), (3, 0), (0, 0), (1, 1), (2, 7), (7, 2)])
+@either
+@either_path
+def test_any_number_of_items(aggregator, count, grad):
+    head = random_head(aggregator)
+    images, texts = torch.randn(count[0], 64), torch.randn(count[1], 64)
+    with torch.set_grad_enabled(grad):
+        similarity = head(images, texts)
+    assert similarity.shape == count
+    torch.testing.assert_close(similarity, exact(head).similarity(images.double(), texts.double()).float())
+
+
+@either
+def test_empty_batch_has_gradients(aggregator):
+    head = random_head(aggregator)
+    head(torch.zeros(0, 64), torch.randn(3, 64)).sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in head.parameters())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)], ids=str
+)
+@either
+@either_path
+def test_dtypes(aggregator, dtype, tolerance, grad):
+    head = random_head(aggregator)
+    images, texts = torch.randn(5, 64).to(dtype), torch.randn(9, 64).to(dtype)
+    with torch.set_grad_enabled(grad):
+        similarity = head(images, texts)
+        mixed = head(images, texts.float())
+    expected = exact(head).similarity(images.double(), texts.double())
+    assert similarity.dtype == dtype
+    assert mixed.dtype == torch.promote_types(dtype, torch.float32)
+    assert relative_error(similarity, expected) <= tolerance
+    assert relative_error(mixed, expected) <= tolerance
+
+
+@either
+@either_path
+def test_features_need_not_be_contiguous(aggregator, grad):
+    head = random_head(aggregator)
+    images, texts = torch.randn(64, 5).T, torch.randn(18, 128)[::2, ::2]
+    with torch.set_grad_enabled(grad):
+        strided = head(images, texts)
+        torch.testing.assert_close(strided, head(images.contiguous(), texts.contiguous()))
+        torch.testing.assert_close(head(images[:1].expand(4, -1), texts), strided[:1].expand(4, -1))
+
+
+@either
+@either_path
+def test_folding_either_side_is_the_same(aggregator, grad):
+    head = random_head(aggregator)
+    with torch.set_grad_enabled(grad):
+        images, texts = head.image_units(torch.randn(4, 64)), head.text_units(torch.randn(6, 64))
+        torch.testing.assert_close(head.fold(images, "image") @ texts.T, images @ head.fold(texts, "text").T)
+
+
+@either
+def test_units_of_any_leading_sizes(aggregator):
+    head = random_head(aggregator)
+    x = torch.randn(2, 3, 64)
+    for units in (head.image_units, head.text_units):
+        torch.testing.assert_close(units(x).flatten(0, 1), units(x.flatten(0, 1)))
+        torch.testing.assert_close(units(x[0, 0]), units(x)[0, 0])
+        assert units(x[:, :0]).shape == (2, 0, sum(head.dims))
+
+
+def test_initial_parameters():
+    head = ESLHead(512)
+    assert head.dims == [512, 256, 128, 64, 32, 16, 8, 4, 2]
+    assert head.degrees().tolist() == pytest.approx([0.1] * 9)
+    contribution = head.contribution
+    assert (contribution.temp_scale_1.item(), contribution.temp_scale_2.item()) == (-1, 4)
+    assert all(torch.equal(matrix, torch.eye(d)) for matrix, d in zip(contribution.matrices, head.dims, strict=True))
+    adaptive = torch.cat([weight.flatten() for weight in ESLHead(512, aggregator="adaptive").image.weights])
+    assert abs(adaptive.mean()) < 0.02
+    assert adaptive.std().item() == pytest.approx(1, abs=0.02)
+
+
+# Official weights
+
+
+@pytest.mark.parametrize("prefix", ["pool_frames.", "", "module.pool_frames.", "module."])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@either
+def test_official_weights_there_and_back(aggregator, dtype, prefix):
+    head = random_head(aggregator, 50, 3, 2).to(dtype)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(torch.randn_like(parameter) * 1e-3)  # in all digits of its dtype
+    weights = head.to_official()
+    given = {prefix + key.removeprefix("pool_frames."): value for key, value in weights.items()}
+    again = ESLHead.from_official(given | {"clip.logit_scale": torch.zeros(())})
+    assert (again.aggregator, again.dims, again.num_levels) == (aggregator, head.dims, 2)
+    for restored in (again.state_dict(), ESLHead.from_official(again.to_official()).state_dict()):
+        assert restored.keys() == head.state_dict().keys()
+        assert all(torch.equal(restored[key], value) for key, value in head.state_dict().items())
+    assert all(torch.equal(again.to_official()[key], value) for key, value in weights.items())
+
+
+@pytest.mark.parametrize("path", GOLDEN)
+def test_official_names(path):
+    parameters, _ = load_golden(path)
+    written = ESLHead.from_official(parameters).to_official()
+    assert written.keys() == parameters.keys()
+    assert all(torch.equal(written[key], value) for key, value in parameters.items())
+
+
+def test_official_weights_are_copies():
+    head = random_head("adaptive")
+    weights = head.to_official()
+    again = ESLHead.from_official(weights)
+    for value in weights.values():
+        value.zero_()
+    torch.testing.assert_close(again.state_dict(), head.state_dict())
+
+
+BROKEN = {
+    "no head": (lambda w: w.clear(), "masks_0.weight"),
+    "no levels": (lambda w: [w.pop(key) for key in list(w) if "calculator_1.masks_" in key], "masks_0.weight"),
+    "one level": (lambda w: [w.pop(k) for k in list(w) if "calculator_1.masks_" in k and "_0." not in k], "aggregat"),
+    "missing": (lambda w: w.pop(next(k for k in w if "text_levels" in k)), "text_levels"),
+    "too few degrees": (lambda w: w.update({k: v[:, 1:] for k, v in w.items() if "sim_eval" in k}), "sim_eval"),
+    "not square": (lambda w: w.update({k: v[:, 1:] for k, v in w.items() if "1.masks_1." in k}), "masks_1"),
+    "misshapen": (lambda w: w.update({k: v[..., 1:] for k, v in w.items() if "text_levels" in k}), "text_levels"),
+}
+
+
+@pytest.mark.parametrize(("damage", "named"), BROKEN.values(), ids=BROKEN)
+@either
+def test_broken_official_weights(aggregator, damage, named):
+    weights = random_head(aggregator).to_official()
+    damage(weights)
+    with pytest.raises(ValueError, match=named):
+        ESLHead.from_official(weights)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0,), "embed_dim is 0"),
+        ((-3,), "embed_dim is -3"),
+        ((512.0,), "embed_dim is 512.0"),
+        ((True,), "embed_dim is True"),
+        ((512, 0), "kernel_size is 0"),
+        ((512, 2, -1), "num_levels is -1"),
+        ((256, 2, 9), "num_levels may be at most 8"),
+        ((512, 3, 6), "num_levels may be at most 5"),
+        ((512, 2, 8, "mean"), "'heuristic', 'adaptive'"),
+    ],
+)
+def test_sizes_that_cannot_be(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ESLHead(*arguments)
+
+
+GOOD = torch.ones(3, 64)
+BAD_FEATURES = {
+    "integers": (torch.ones(3, 64, dtype=torch.int64), TypeError, "NAME has dtype torch.int64"),
+    "array": (GOOD.numpy(), TypeError, "NAME is a ndarray"),
+    "width": (torch.ones(3, 63), ValueError, r"NAME has shape \(3, 63\); expected \(n, 64\)"),
+    "vector": (torch.ones(64), ValueError, r"NAME has shape \(64,\)"),
+    "device": (torch.ones(3, 64, device="meta"), ValueError, "different devices.*NAME on meta"),
+}
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize(("bad", "error", "message"), BAD_FEATURES.values(), ids=BAD_FEATURES)
+def test_bad_features(similarity, bad, error, message):
+    head = make_head(similarity, 64, num_levels=4)
+    with pytest.raises(error, match=message.replace("NAME", "image_features")):
+        head(bad, GOOD)
+    with pytest.raises(error, match=message.replace("NAME", "text_features")):
+        head(GOOD, bad)
+
+
+def test_head_on_another_device():
+    with pytest.raises(ValueError, match="different devices"):
+        ESLHead(64, num_levels=4).to("meta")(GOOD, GOOD)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@either
+@either_path
+def test_non_finite_features_are_named(aggregator, value, grad):
+    head, bad = random_head(aggregator), torch.randn(40, 64)
+    bad[[3, 17], [0, 63]] = value
+    with torch.set_grad_enabled(grad):
+        with pytest.raises(ValueError, match=r"image_features .* 2 of 40 rows: 3, 17$"):
+            head(bad, GOOD)
+        with pytest.raises(ValueError, match=r"text_features .* 2 of 40 rows: 3, 17$"):
+            head(GOOD, bad)
+        with pytest.raises(ValueError, match="3, 17"):
+            head.text_units(bad)
+
+
+def test_huge_but_finite_features_pass():
+    head = random_head("heuristic")
+    x = torch.full((4, 64), 6e4, dtype=torch.float16)  # whose sum overflows
+    assert head(x, x).isfinite().all()
+
+
+# How PyTorch's machinery meets it
+
+
+@either
+def test_autocast(aggregator):
+    head = random_head(aggregator)
+    images, texts = torch.randn(5, 64), torch.randn(9, 64)
+    expected = exact(head).similarity(images.double(), texts.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        similarity = head(images.bfloat16(), texts.bfloat16())
+        similarity.sum().backward()
+        with torch.no_grad():
+            assert relative_error(head(images, texts), expected) <= 2e-2
+    assert relative_error(similarity, expected) <= 2e-2
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in head.parameters())
+
+
+@either
+def test_compiles_into_one_graph(aggregator):
+    head = random_head(aggregator)
+    images, texts = torch.randn(5, 64), torch.randn(9, 64)
+    compiled = torch.compile(head, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images, texts), head(images, texts), rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images, texts), head(images, texts), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+def test_compiles_to_machine_code():
+    head = random_head("heuristic", 32, 2, 2)
+    images, texts = torch.randn(5, 32), torch.randn(9, 32)
+    with torch.no_grad():
+        assert relative_error(torch.compile(head, fullgraph=True)(images, texts), head(images, texts)) <= 1e-5
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@either
+def test_function_transforms(aggregator, frozen):
+    head = random_head(aggregator).requires_grad_(not frozen)
+    images, texts, step = torch.randn(3, 64), torch.randn(4, 64), torch.randn(3, 64)
+
+    def score(image):
+        return head(image[None], texts).sum()
+
+    leaf = images.clone().requires_grad_()
+    expected = torch.autograd.grad(head(leaf, texts).sum(), leaf)[0]
+    torch.testing.assert_close(torch.func.grad(lambda x: head(x, texts).sum())(images), expected)
+    torch.testing.assert_close(torch.vmap(torch.func.grad(score))(images), expected)
+    torch.testing.assert_close(torch.vmap(score)(images), head(images, texts).sum(1))
+    _, slope = torch.func.jvp(lambda x: head(x, texts).sum(), (images,), (step,))
+    torch.testing.assert_close(slope, (expected * step).sum())
+    with torch.no_grad():
+        torch.testing.assert_close(torch.vmap(score)(images), head(images, texts).sum(1))
+
+
+def step_in_place(head):
+    torch.optim.SGD(head.parameters(), lr=1.0).step()
+
+
+def load_other_weights(head):
+    head.load_state_dict(random_head("adaptive").state_dict())
+
+
+def assign_other_weights(head):
+    head.load_state_dict(random_head("adaptive").state_dict(), assign=True)
+
+
+def train_in_between(head):
+    step_in_place(head.train())
+    head.eval()
+
+
+def change_dtype(head):
+    head.double()
+    load_other_weights(head)
+
+
+@pytest.mark.parametrize(
+    "change", [step_in_place, load_other_weights, assign_other_weights, train_in_between, change_dtype]
+)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_kept_selection_follows_the_weights(change, mode):
+    head, images, texts = random_head("adaptive"), torch.randn(5, 64), torch.randn(9, 64)
+    with mode():
+        before = head(images, texts)
+        torch.testing.assert_close(head(images, texts), before)
+    for weight in head.parameters():
+        weight.grad = torch.randn_like(weight)
+    change(head)
+    with mode():
+        after = head(images, texts)
+    assert relative_error(after, exact(head).similarity(images.double(), texts.double())) <= 1e-6
+    assert relative_error(after, before) > 1e-2
+
+
+@either
+def test_copies_are_independent(aggregator):
+    head, x = random_head(aggregator), torch.randn(5, 64)
+    with torch.no_grad():
+        before = head(x, x)
+        twin = copy.deepcopy(head)
+        for parameter in twin.parameters():
+            parameter.mul_(1.5).add_(0.1)
+        torch.testing.assert_close(head(x, x), before)
+        assert relative_error(twin(x, x), exact(twin).similarity(x.double(), x.double())) <= 1e-6
+
+
+# The other heads
+
+
+def test_cosine():
+    head = CosineHead(6)
+    images, texts = torch.randn(2, 6), torch.randn(3, 6)
+    expected = torch.nn.functional.cosine_similarity(images[:, None], texts[None], dim=-1)
+    torch.testing.assert_close(head(images, texts), expected)
+    assert not list(head.parameters())
+
+
+def test_heads_by_name():
+    assert make_head("esl-adaptive", 27, kernel_size=3, num_levels=2).dims == [27, 9, 3]
+    with pytest.raises(ValueError, match="'esl-heuristic', 'esl-adaptive', 'cosine'"):
+        make_head("esl", 64)

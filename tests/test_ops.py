@@ -1,0 +1,400 @@
+"""The public ops: the blocked path against the definition, edge cases, errors."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from helpers import AGGREGATORS, relative_error
+
+import esl_fast
+from esl_fast import blocked, ops, reference
+from esl_fast.kernels._common import INTERPRETING
+
+CHAINS = ("normalized", "raw")
+chains = pytest.mark.parametrize("chain", CHAINS)
+
+
+def random_taps(levels, size=2):
+    return torch.randn(levels, size)
+
+
+def random_matrices(*dims):
+    return [torch.randn(after, before) for before, after in pairwise(dims)]
+
+
+def defined(x, weights, **options):
+    """Units by the definition, in float64."""
+    if isinstance(weights, torch.Tensor):
+        levels = weights.double().unbind()
+    else:
+        levels = [reference.aggregate.select_top2(weight.double()) for weight in weights]
+    return reference.aggregate.aggregate(x.double(), levels, **options)
+
+
+# Aggregation
+
+
+@pytest.mark.parametrize(
+    ("row", "kept"),
+    [
+        ([3.0, -9.0, 1.0, 2.0], [1, 0, 0, 1]),  # signed: a large negative entry is not among the largest
+        ([1.0, 2.0, 2.0, 2.0], [0, 1, 1, 1]),  # a tie with the second keeps more than two
+        ([5.0, 1.0, 1.0, 0.0], [1, 1, 1, 0]),
+        ([2.0, 2.0, 2.0, 2.0], [1, 1, 1, 1]),
+        ([-1.0, -2.0, -3.0, -4.0], [1, 1, 0, 0]),
+        ([0.0, 0.0, 0.0, 0.0], [0, 0, 0, 0]),
+        ([-7.0], [1]),
+        ([4.0, -4.0], [1, 1]),
+    ],
+)
+def test_which_entries_a_row_keeps(row, kept):
+    weight = torch.tensor([row])
+    selected = reference.aggregate.select_top2(weight)
+    torch.testing.assert_close(selected, weight / (weight.norm() + 1e-8) * torch.tensor([kept]))
+    sparse = blocked.aggregate.sparse_rows(selected)
+    dense = torch.zeros(len(row)).scatter_add(0, sparse.columns[:, 0], sparse.values[:, 0])
+    torch.testing.assert_close(dense, selected[0])
+
+
+WEIGHTS = {
+    "taps": lambda: random_taps(5),
+    "wide taps": lambda: random_taps(2, 5),
+    "one tap": lambda: random_taps(3, 1),
+    "no taps": lambda: random_taps(0),
+    "matrices": lambda: random_matrices(67, 33, 16, 8, 4),
+    "matrices down to one entry": lambda: random_matrices(67, 2, 1, 1),
+    "matrices upwards": lambda: random_matrices(67, 90, 5),
+    "no matrices": lambda: [],
+    "constant rows": lambda: [torch.ones(33, 67), torch.full((16, 33), -2.0)],
+    "whole numbers": lambda: [torch.randint(-2, 3, w.shape).float() for w in random_matrices(67, 33, 16)],
+    "zero rows": lambda: [torch.zeros(33, 67), *random_matrices(33, 16)],
+}
+
+
+@pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize("rows", [0, 1, 4, 11])
+@pytest.mark.parametrize("normalize", [True, False])
+@chains
+def test_blocked_aggregate(monkeypatch, weights, rows, normalize, chain):
+    monkeypatch.setattr(blocked.aggregate, "BLOCK", 4)
+    weights, x = weights(), 3 * torch.randn(rows, 67)
+    units = ops.aggregate(x, weights, chain=chain, normalize=normalize)
+    assert units.dtype == torch.float32
+    torch.testing.assert_close(units.double(), defined(x, weights, chain=chain, normalize=normalize), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.randn(64), torch.randn(2, 3, 64), torch.randn(2, 0, 64), torch.randn(0, 64), torch.randn(64, 7).T,
+        torch.randn(5, 128)[:, ::2], torch.randn(1, 64).expand(6, 64), torch.randn(3, 64, 2).mT,
+    ],
+    ids=lambda x: f"{tuple(x.shape)} {x.stride()}",
+)  # fmt: skip
+@pytest.mark.parametrize("weights", [random_taps(3), random_matrices(64, 32, 16, 8)], ids=AGGREGATORS)
+@pytest.mark.parametrize("grad", [False, True])
+def test_aggregate_any_layout(x, weights, grad):
+    leaf = x.clone().requires_grad_(grad)
+    units = ops.aggregate(leaf if grad else x, weights, chain="raw")
+    assert units.shape == (*x.shape[:-1], 64 + 32 + 16 + 8)
+    torch.testing.assert_close(units.double(), defined(x, weights, chain="raw"), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)], ids=str
+)
+@pytest.mark.parametrize("weights", [random_taps(3), random_matrices(64, 32, 16, 8)], ids=AGGREGATORS)
+@chains
+def test_aggregate_dtypes(weights, chain, dtype, tolerance):
+    x = torch.randn(9, 64).to(dtype)
+    units = ops.aggregate(x, weights, chain=chain)
+    assert units.dtype == dtype
+    assert relative_error(units, defined(x, weights, chain=chain)) <= tolerance
+
+
+def test_selection_is_made_once():
+    calls = []
+    cache, weights = ops.SelectionCache(), random_matrices(8, 4)
+
+    def select(given):
+        calls.append(1)
+        return given
+
+    for expected, change in [
+        (1, lambda: None),
+        (1, lambda: None),
+        (2, lambda: weights[0].mul_(2)),
+        (3, lambda: weights.__setitem__(0, torch.randn(4, 8))),
+        (4, cache.clear),
+    ]:
+        change()
+        cache.get(weights, select, "kind")
+        assert len(calls) == expected
+    cache.get(weights, select, "another kind")
+    assert len(calls) == 5
+
+
+def test_evaluation_keeps_the_selection(monkeypatch):
+    calls, select = [], reference.aggregate.select_top2
+    monkeypatch.setattr(reference.aggregate, "select_top2", lambda w: calls.append(1) or select(w))
+    head, x = esl_fast.ESLHead(16, 2, 3, "adaptive"), torch.randn(2, 16)
+    for mode, expected in [("eval", 6), ("eval", 6), ("train", 12), ("train", 18)]:
+        if mode == "train" or head.training:
+            getattr(head, mode)()
+        with torch.no_grad():
+            head(x, x)
+        assert len(calls) == expected
+
+
+BAD_AGGREGATES = {
+    "chain": (torch.ones(2, 8), random_taps(2), "both", ValueError, "'normalized', 'raw'"),
+    "integers": (torch.ones(2, 8, dtype=torch.int32), random_taps(2), "raw", TypeError, "x has dtype torch.int32"),
+    "list": ([1.0, 2.0], random_taps(2), "raw", TypeError, "x is a list"),
+    "scalar": (torch.tensor(1.0), random_taps(2), "raw", ValueError, "scalar"),
+    "too many levels": (torch.ones(2, 8), random_taps(4), "raw", ValueError, r"\(4, 2\)"),
+    "no width": (torch.ones(2, 8), random_taps(2, 0), "raw", ValueError, r"\(2, 0\)"),
+    "one tap vector": (torch.ones(2, 8), torch.ones(2), "raw", ValueError, r"\(2,\)"),
+    "matrix": (torch.ones(2, 8), random_matrices(8, 4, 5, 3)[::2], "raw", ValueError, r"level 2 .* \(3, 5\)"),
+    "integer weights": (torch.ones(2, 8), [torch.ones(4, 8).int()], "raw", TypeError, "weights has dtype"),
+    "device": (torch.ones(2, 8), [torch.ones(4, 8, device="meta")], "raw", ValueError, r"weights\[0\] on meta"),
+    "nan": (torch.tensor([[1.0, 1.0], [1.0, torch.nan]]), random_taps(1), "raw", ValueError, "1 of 2 rows: 1"),
+}
+
+
+@pytest.mark.parametrize(("x", "weights", "chain", "error", "message"), BAD_AGGREGATES.values(), ids=BAD_AGGREGATES)
+def test_aggregate_errors(x, weights, chain, error, message):
+    with pytest.raises(error, match=message):
+        ops.aggregate(x, weights, chain=chain)
+
+
+def test_a_message_names_ten_rows_at_most():
+    with pytest.raises(ValueError, match=r"12 of 12 rows: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, \.\.\.$"):
+        ops.aggregate(torch.full((12, 4), torch.nan), random_taps(1), chain="raw")
+
+
+# Contribution
+
+
+def test_degrees():
+    w = torch.tensor([0.1, -0.4, 0.2, 0.0])
+    gate, sharpness = torch.tensor(0.25), torch.tensor(3.0)
+    expected = [((abs(v) - 0.1) * 3.0, v) for v in w.tolist()]  # threshold (0.4 - 0) / 4 + 0
+    torch.testing.assert_close(ops.degrees(w, gate, sharpness), torch.tensor([v * 2.718281828**e for e, v in expected]))
+    torch.testing.assert_close(ops.degrees(w, gate, torch.tensor(0.0)), w)
+
+
+@pytest.mark.parametrize("w", [[0.3, -0.7, 0.1, 0.5], [-0.2], [0.9, 0.4]])
+def test_degrees_gradients_through_the_extremes(w):
+    inputs = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (w, 0.4, 2.0)]
+    assert torch.autograd.gradcheck(ops.degrees, inputs)
+    if len(w) > 2:  # the smallest and the largest move every other level's degree
+        moved = torch.autograd.functional.jacobian(lambda v: ops.degrees(v, *inputs[1:]), inputs[0])
+        assert (moved[:, torch.tensor(w).abs().argmin()] != 0).all()
+        assert (moved[:, torch.tensor(w).abs().argmax()] != 0).all()
+        assert moved[0, 3] == 0
+
+
+@pytest.mark.parametrize("shapes", [((2, 2), (), ()), ((3,), (2,), ()), ((3,), (), (0,))])
+def test_degrees_errors(shapes):
+    with pytest.raises(ValueError, match="two scalars"):
+        ops.degrees(*(torch.ones(shape) for shape in shapes))
+
+
+@pytest.fixture
+def levels():
+    """Units of two sides, matrices and degrees of levels 7, 3, 1."""
+    matrices = [torch.randn(d, d) for d in (7, 3, 1)]
+    return torch.randn(4, 11), torch.randn(6, 11), matrices, torch.randn(3)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_folding_gives_the_similarity(levels, grad):
+    images, texts, matrices, degrees = levels
+    expected = reference.similarity.similarity_by_level(images, texts, matrices, degrees)
+    if grad:
+        images, texts = images.clone().requires_grad_(), texts.clone().requires_grad_()
+    scales = degrees / len(matrices)
+    folded_texts = ops.fold(texts, matrices, scales, side="text")
+    folded_images = ops.fold(images, matrices, scales, side="image")
+    torch.testing.assert_close(ops.similarity(images, folded_texts), expected)
+    torch.testing.assert_close(ops.similarity(folded_images, texts), expected)
+    assert (folded_texts.shape, folded_images.shape) == (texts.shape, images.shape)
+    assert folded_texts.requires_grad == grad
+
+
+@pytest.mark.parametrize("shape", [(11,), (0, 11), (2, 3, 11)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_fold_any_shape_and_dtype(levels, shape, dtype, side):
+    _, _, matrices, scales = levels
+    units = torch.randn(shape).to(dtype)
+    folded = ops.fold(units, matrices, scales, side=side)
+    assert folded.dtype == dtype
+    expected = reference.contribution.fold(units.double(), [m.double() for m in matrices], scales.double(), side=side)
+    torch.testing.assert_close(folded, expected.to(dtype), rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+BAD_FOLDS = {
+    "side": ({"side": "caption"}, ValueError, "'image', 'text'"),
+    "units": ({"units": torch.ones(2, 10)}, ValueError, r"\(2, 10\).* 11 units"),
+    "integers": ({"units": torch.ones(2, 11).long()}, TypeError, "units has dtype"),
+    "scales": ({"scales": torch.ones(2)}, ValueError, "3 levels"),
+    "rectangle": ({"matrices": [torch.ones(11, 3)], "scales": torch.ones(1)}, ValueError, r"matrices\[0\].*\(11, 3\)"),
+    "device": ({"scales": torch.ones(3, device="meta")}, ValueError, "scales on meta"),
+}
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_FOLDS.values(), ids=BAD_FOLDS)
+def test_fold_errors(levels, change, error, message):
+    arguments = {"units": levels[0], "matrices": levels[2], "scales": levels[3], "side": "text"} | change
+    with pytest.raises(error, match=message):
+        ops.fold(**arguments)
+
+
+BAD_PAIRS = {
+    "width": (torch.ones(2, 3), torch.ones(2, 4), ValueError, r"folded_text_units has shape \(2, 4\)"),
+    "vector": (torch.ones(3), torch.ones(2, 3), ValueError, r"image_units has shape \(3,\)"),
+    "integers": (torch.ones(2, 3), torch.ones(2, 3).int(), TypeError, "folded_text_units has dtype"),
+    "device": (torch.ones(2, 3), torch.ones(2, 3, device="meta"), ValueError, "folded_text_units on meta"),
+}
+
+
+@pytest.mark.parametrize(("images", "texts", "error", "message"), BAD_PAIRS.values(), ids=BAD_PAIRS)
+def test_pair_errors(images, texts, error, message):
+    with pytest.raises(error, match=message):
+        ops.similarity(images, texts)
+    with pytest.raises(error, match=message):
+        ops.retrieval_ranks(images, texts, torch.zeros(2, dtype=torch.int64))
+
+
+# Ranks. Units are small whole numbers, so that products are exact and ties are ties.
+
+OWNERS = {
+    "five each": lambda n: torch.arange(n).repeat_interleave(5),
+    "one each": torch.arange,
+    "any order": lambda n: torch.randint(n, (3 * n,)),
+    "some without": lambda n: torch.randint(n, (2 * n,)) // 3 * 3,
+    "all of one": lambda n: torch.full((4 * n,), n // 2),
+}
+
+
+@pytest.fixture(params=[(512, 4096), (4, 9), (1, 1), (3, 1000)], ids=str)
+def blocks(request, monkeypatch):
+    images, captions = request.param
+    monkeypatch.setattr(blocked.ranks, "BLOCK_IMAGES", images)
+    monkeypatch.setattr(blocked.ranks, "BLOCK_CAPTIONS", captions)
+    monkeypatch.setattr(blocked.ranks, "KEPT_BYTES", 200)
+
+
+@pytest.mark.parametrize("owners", OWNERS.values(), ids=OWNERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spread", [1, 4])  # many ties, few ties
+@pytest.mark.usefixtures("blocks")
+def test_ranks(owners, dtype, spread):
+    owners = owners(13)
+    images = torch.randint(-spread, spread + 1, (13, 6)).to(dtype)
+    texts = torch.randint(-spread, spread + 1, (len(owners), 6)).to(dtype)
+    images[7] = images[2]
+    texts[1] = texts[0]
+    expected = reference.ranks.retrieval_ranks(images.double() @ texts.double().T, owners)
+    ranks = esl_fast.retrieval_ranks(images, texts, owners)
+    for actual, wanted in zip(ranks, expected, strict=True):
+        assert actual.dtype == torch.int64
+        assert torch.equal(actual, wanted)
+    uncaptioned = torch.bincount(owners, minlength=13) == 0
+    assert (ranks[0][uncaptioned] == len(owners)).all()
+
+
+def test_ranks_of_a_known_matrix():
+    similarity = torch.tensor([[5.0, 1.0, 4.0, 9.0], [2.0, 3.0, 3.0, 0.0]])
+    owners = torch.tensor([0, 0, 1, 1])
+    for ranks in (esl_fast.retrieval_ranks(similarity, torch.eye(4), owners),
+                  reference.ranks.retrieval_ranks(similarity, owners)):  # fmt: skip
+        assert ranks[0].tolist() == [1, 1]  # the best of each: 5 behind 9; 3 tied with a foreign 3
+        assert ranks[1].tolist() == [0, 1, 1, 1]
+
+
+@pytest.mark.usefixtures("blocks")
+def test_equal_scores_count_against_the_model():
+    ranks = esl_fast.retrieval_ranks(torch.ones(11, 3), torch.ones(55, 3), torch.arange(11).repeat_interleave(5))
+    assert (ranks[0] == 54).all()
+    assert (ranks[1] == 10).all()
+
+
+@pytest.mark.parametrize("images", [0, 3])
+def test_ranks_of_nothing(images):
+    ranks = esl_fast.retrieval_ranks(torch.ones(images, 4), torch.ones(0, 4), torch.zeros(0, dtype=torch.int64))
+    assert [r.tolist() for r in ranks] == [[0] * images, []]
+
+
+def test_ranks_carry_no_gradient():
+    units = torch.randn(4, 3, requires_grad=True)
+    assert not any(r.requires_grad for r in esl_fast.retrieval_ranks(units, units, torch.arange(4)))
+
+
+BAD_OWNERS = {
+    "list": ([0, 1], TypeError, "owners is a list"),
+    "too few": (torch.zeros(1).long(), ValueError, r"shape \(1,\).*\(2,\) integers"),
+    "floats": (torch.zeros(2), ValueError, "float32"),
+    "bools": (torch.zeros(2).bool(), ValueError, "bool"),
+    "too large": (torch.tensor([0, 3]), ValueError, r"0\.\.3.*0\.\.2"),
+    "negative": (torch.tensor([-1, 0]), ValueError, r"-1\.\.0"),
+    "device": (torch.zeros(2, dtype=torch.int64, device="meta"), ValueError, "owners on meta"),
+}
+
+
+@pytest.mark.parametrize(("owners", "error", "message"), BAD_OWNERS.values(), ids=BAD_OWNERS)
+def test_owner_errors(owners, error, message):
+    with pytest.raises(error, match=message):
+        esl_fast.retrieval_ranks(torch.ones(3, 4), torch.ones(2, 4), owners)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("side", ["image_units", "folded_text_units"])
+def test_ranks_refuse_non_finite_scores(side, value):
+    units = {"image_units": torch.ones(3, 4), "folded_text_units": torch.ones(3, 4)}
+    units[side][2, 1] = value
+    with pytest.raises(ValueError, match=f"{side} .* 1 of 3 rows: 2"):
+        esl_fast.retrieval_ranks(**units, owners=torch.arange(3))
+
+
+# Choice of implementation
+
+
+@pytest.fixture
+def any_backend():
+    yield
+    esl_fast.use_backend("auto")
+
+
+def run_anything():
+    return ops.aggregate(torch.ones(1, 4), random_taps(1), chain="raw")
+
+
+def refused():
+    return pytest.raises(RuntimeError, match=r"use_backend\(\"auto\"\)")  # says the way out
+
+
+@pytest.mark.usefixtures("any_backend")
+@pytest.mark.skipif(INTERPRETING, reason="interpreted kernels run on a CPU")
+def test_use_backend():
+    esl_fast.use_backend("triton")
+    with refused():
+        run_anything()
+    with esl_fast.use_backend("torch"):
+        run_anything()
+        with esl_fast.use_backend("triton"), refused():
+            run_anything()
+        run_anything()
+    with pytest.raises(ZeroDivisionError), esl_fast.use_backend("torch"):
+        _ = 1 / 0
+    with refused():
+        run_anything()
+    esl_fast.use_backend("auto")
+    run_anything()
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="'auto', 'triton', 'torch'"):
+        esl_fast.use_backend("cuda")
+    run_anything()
