@@ -48,13 +48,13 @@ def test_precomputed_features():
 
 @pytest.fixture
 def bag():
-    bag = towers.BagOfTokens(4, 6)
+    bag = towers.BagOfTokens(5, 6)
     bag.know(torch.tensor([[START, 5, 9, END, 0], [START, 9, 700, END, 0]]))
     return bag
 
 
 def test_bag_of_tokens(bag):
-    entry = dict(zip((5, 9, 700), bag.embedding.weight[1:], strict=True))
+    entry = dict(zip((5, 9, 700), bag.embedding.weight[2:], strict=True))
     tokens = torch.tensor([
         [START, 5, 9, 9, END, 0],  # each occurrence counts
         [START, 9, 9, 5, END, 0],  # order does not
@@ -63,12 +63,13 @@ def test_bag_of_tokens(bag):
         [START, END, 0, 0, 0, 0],
     ])  # fmt: skip
     pair = (entry[5] + 2 * entry[9]) / 3
-    expected = torch.stack([pair, pair, entry[5]])
+    nothing = bag.embedding.weight[1]  # a caption without known tokens has a direction of its own
+    expected = torch.stack([pair, pair, entry[5], nothing, nothing])
     features = bag(tokens)
-    torch.testing.assert_close(features[:3], expected)
+    torch.testing.assert_close(features, expected)
     features[:3].sum().backward()
     assert not bag.embedding.weight.grad[0].any()
-    assert not bag.embedding.weight.grad[3].any()  # of 700, which no caption has
+    assert not bag.embedding.weight.grad[4].any()  # of 700, which no caption has
 
 
 def test_bag_knows_what_it_was_last_told(bag):

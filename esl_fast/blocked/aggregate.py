@@ -17,6 +17,10 @@ from esl_fast.reference.aggregate import EPS
 BLOCK = 2048
 
 
+# Kept entries a row beyond which a dense product is faster than gathering them; only ties go beyond two.
+MOST_GATHERED = 8
+
+
 class SparseRows(NamedTuple):
     """A selected matrix `(d_l, d_{l-1})` by its kept entries: row i is `sum_t values[t, i] * e_{columns[t, i]}`."""
 
@@ -24,16 +28,21 @@ class SparseRows(NamedTuple):
     values: Tensor  # (K, d_l)
 
 
-def sparse_rows(matrix: Tensor) -> SparseRows:
-    """Kept entries of a selected matrix; K is the largest number in a row (2, save for ties)."""
+def sparse_rows(matrix: Tensor) -> SparseRows | Tensor:
+    """Kept entries of a selected matrix, K the largest number in a row; the matrix itself if ties make them many."""
     kept = matrix != 0
     count = int(kept.sum(-1).max()) if matrix.numel() else 0
+    if count > MOST_GATHERED:
+        return matrix
     columns = kept.to(torch.uint8).topk(max(count, 1), dim=-1).indices
     return SparseRows(columns.T.contiguous(), matrix.gather(-1, columns).T.contiguous())
 
 
 def _next_level(z: Tensor, weight: Tensor | SparseRows, out: Tensor) -> None:
     """`out (d_l, n)` from `z (d_{l-1}, n)`."""
+    if isinstance(weight, Tensor) and weight.ndim == 2:
+        torch.mm(weight, z, out=out)
+        return
     if isinstance(weight, SparseRows):
         rows = ((z.index_select(0, c), v.unsqueeze(-1)) for c, v in zip(*weight, strict=True))
     else:
@@ -51,7 +60,7 @@ def aggregate(x: Tensor, weights: Sequence[Tensor | SparseRows], *, chain: str, 
     n, d = x.shape
     dims = [d]
     for weight in weights:
-        dims.append(weight.columns.shape[1] if isinstance(weight, SparseRows) else dims[-1] // weight.numel())
+        dims.append(_level_size(weight, dims[-1]))
     units = x.new_empty(sum(dims), n)
     for start in range(0, n, BLOCK):
         rows = x[start : start + BLOCK]
@@ -69,6 +78,12 @@ def aggregate(x: Tensor, weights: Sequence[Tensor | SparseRows], *, chain: str, 
             for level in levels[1:]:
                 _l2norm_(level)
     return units.mT
+
+
+def _level_size(weight: Tensor | SparseRows, previous: int) -> int:
+    if isinstance(weight, SparseRows):
+        return weight.columns.shape[1]
+    return previous // weight.numel() if weight.ndim == 1 else weight.shape[0]
 
 
 def _l2norm_(z: Tensor) -> None:

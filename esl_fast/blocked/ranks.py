@@ -1,5 +1,7 @@
 """Ranks both ways from units, tile by tile: the matrix is never held."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,10 @@ KEPT_BYTES = 64 << 20
 def _blocks(counts: list[int]) -> list[tuple[int, int]]:
     """Ranges of images with at most BLOCK_IMAGES images and, but for a single image, BLOCK_CAPTIONS captions."""
     blocks, start, captions = [], 0, 0
+    # Blocks of one size: a product of another shape may round the same scores differently.
+    images = math.ceil(len(counts) / max(1, math.ceil(len(counts) / BLOCK_IMAGES)))
     for image, count in enumerate(counts):
-        if image > start and (image - start == BLOCK_IMAGES or captions + count > BLOCK_CAPTIONS):
+        if image > start and (image - start == images or captions + count > BLOCK_CAPTIONS):
             blocks.append((start, image))
             start, captions = image, 0
         captions += count

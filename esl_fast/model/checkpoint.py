@@ -80,8 +80,14 @@ def write_model(model: MatchingModel, folder: Path) -> None:
 
 
 def save_checkpoint(model: MatchingModel, folder: str | Path) -> None:
-    """Save a model for :func:`load_checkpoint`, replacing ``folder`` as a whole or not at all."""
-    with replacing(Path(folder).resolve()) as new:
+    """Save a model for :func:`load_checkpoint`, replacing a former checkpoint as a whole or not at all.
+
+    Raises FileExistsError if ``folder`` is there but holds something else.
+    """
+    folder = Path(folder).resolve()
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).is_file()):
+        raise FileExistsError(f"{folder} is not a checkpoint, and saving there would replace it; choose another folder")
+    with replacing(folder) as new:
         write_model(model, new)
 
 

@@ -1,6 +1,7 @@
 """Towers: open_clip's, a projection of precomputed features, a bag of tokens."""
 
 import copy
+import functools
 import json
 import zipfile
 from collections.abc import Callable, Iterator
@@ -46,8 +47,8 @@ class ProjectedFeatures(nn.Module):
 class BagOfTokens(nn.Module):
     """Text tower for small data: the mean of a caption's token embeddings, order ignored.
 
-    Only ``size - 1`` known tokens have an embedding of their own; all others share entry 0, which stays zero
-    and out of the mean.
+    Known tokens have an embedding of their own (entries 2 and up); all others are left out of the mean. A caption
+    without any known token is entry 1, since a zero vector has no direction to compare.
     """
 
     def __init__(self, size: int, embed_dim: int, vocabulary_size: int = CLIP_VOCABULARY) -> None:
@@ -56,12 +57,12 @@ class BagOfTokens(nn.Module):
         self.register_buffer("entry_of", torch.zeros(vocabulary_size, dtype=torch.int64))
 
     def know(self, tokens: Tensor) -> None:
-        """Take the tokens of a training set ``(M, T)`` as the known ones; there must be ``size - 1`` of them."""
+        """Take the tokens of a training set ``(M, T)`` as the known ones; there must be ``size - 2`` of them."""
         known = self.vocabulary_of(tokens)
-        if len(known) != self.embedding.num_embeddings - 1:
-            raise ValueError(f"{len(known)} distinct tokens given; this bag holds {self.embedding.num_embeddings - 1}")
+        if len(known) != self.embedding.num_embeddings - 2:
+            raise ValueError(f"{len(known)} distinct tokens given; this bag holds {self.embedding.num_embeddings - 2}")
         self.entry_of.zero_()
-        self.entry_of[known] = torch.arange(1, len(known) + 1, device=self.entry_of.device)
+        self.entry_of[known] = torch.arange(2, len(known) + 2, device=self.entry_of.device)
 
     @staticmethod
     def vocabulary_of(tokens: Tensor) -> Tensor:
@@ -70,7 +71,9 @@ class BagOfTokens(nn.Module):
         return known[(known > 0) & (known < CLIP_SPECIAL)]
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.embedding(self.entry_of[tokens])
+        entries = self.entry_of[tokens]
+        unknown = (entries == 0).all(-1, keepdim=True)
+        return self.embedding(torch.cat([unknown.to(entries.dtype), entries], dim=-1))
 
 
 def open_clip_config(model: str, pretrained: str | None = None) -> dict[str, Any]:
@@ -150,6 +153,11 @@ def make_tokenizer(config: dict[str, Any] | None) -> Callable[[list[str]], Tenso
         return open_clip.HFTokenizer(
             text["hf_tokenizer_name"], context_length=context, **(text.get("tokenizer_kwargs") or {})
         )
+    return _clip_tokenizer(context)
+
+
+@functools.lru_cache
+def _clip_tokenizer(context: int) -> open_clip.SimpleTokenizer:
     return open_clip.SimpleTokenizer(context_length=context)
 
 

@@ -7,16 +7,20 @@ from torch import Tensor
 
 from esl_fast import blocked, reference
 from esl_fast.ops import checks
-from esl_fast.ops.backend import use_kernels
+from esl_fast.ops.backend import use_kernels, without_autocast
 
 CHAINS = ("normalized", "raw")
 
 
 class SelectionCache:
-    """Keeps what :func:`aggregate` selected from adaptive weights until one of them changes in place."""
+    """Keeps what :func:`aggregate` selected from adaptive weights until one of them changes in place.
+
+    A change shows in the weight's version. One that goes around it (``weight.data``) is seen on a CPU, where the values
+    are compared as well; on a GPU that would need a synchronisation, and :meth:`clear` is the caller's.
+    """
 
     def __init__(self) -> None:
-        self._key, self._selection = None, None
+        self._key, self._values, self._selection = None, (), None
 
     def clear(self) -> None:
         self.__init__()
@@ -25,11 +29,13 @@ class SelectionCache:
         if any(w.is_inference() for w in weights):  # these carry no version to compare
             return select(weights)
         key = (kind, *((w.data_ptr(), w._version, w.dtype) for w in weights))
-        if key != self._key:
+        if key != self._key or not all(torch.equal(w, v) for w, v in zip(weights, self._values, strict=False)):
+            self._values = [w.detach().clone() for w in weights if w.device.type == "cpu"]
             self._key, self._selection = key, select(weights)
         return self._selection
 
 
+@without_autocast
 def aggregate(
     x: Tensor,
     weights: Tensor | Sequence[Tensor],

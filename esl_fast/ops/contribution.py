@@ -7,6 +7,7 @@ from torch import Tensor
 
 from esl_fast import blocked, reference
 from esl_fast.ops import checks
+from esl_fast.ops.backend import without_autocast
 
 SIDES = ("image", "text")
 
@@ -24,6 +25,7 @@ def degrees(w: Tensor, gate: Tensor, sharpness: Tensor) -> Tensor:
     return reference.contribution.degrees(w, gate.reshape(()), sharpness.reshape(()))
 
 
+@without_autocast
 def fold(units: Tensor, matrices: Sequence[Tensor], scales: Tensor, *, side: str) -> Tensor:
     """Multiply level k of ``units (..., U)`` by ``scales[k] * D_k``, so that one dot product gives the similarity.
 

@@ -41,7 +41,7 @@ def build_model(config: TrainConfig, data: DataSet) -> MatchingModel:
     if config.text_tower == "bag":
         tokens = tokenize_all(data.train.captions, towers.make_tokenizer(clip))
         vocabulary = towers.BagOfTokens.vocabulary_of(tokens)
-        bag_size = len(vocabulary) + 1
+        bag_size = len(vocabulary) + 2
     model = MatchingModel(
         ModelConfig(
             similarity=config.similarity,
