@@ -26,3 +26,8 @@ def fold(units: Tensor, matrices: Sequence[Tensor], scales: Tensor, *, side: str
     parts = units.split([m.shape[0] for m in matrices], dim=-1)
     levels = zip(parts, matrices, scales, strict=True)
     return torch.cat([scale * (part @ (m.mT if side == "text" else m)) for part, m, scale in levels], dim=-1)
+
+
+def normed_matrix(table: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """D_k of the region-word variant: LayerNorm over both axes of an embedding table, all ``(d_k, d_k)``."""
+    return torch.nn.functional.layer_norm(table, table.shape, weight, bias, eps=1e-8)

@@ -12,7 +12,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
 CASES = [
-    pytest.param(module, case, target, id=f"{module}.{case.name}-{target}")
+    pytest.param(
+        module,
+        case,
+        target,
+        id=f"{module}.{case.name}-{target}",
+        marks=[] if target == "sm_90" else [pytest.mark.slow],
+    )
     for module, case in inspect.cases()
     for target in case.targets
 ]

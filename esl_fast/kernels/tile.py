@@ -1,0 +1,303 @@
+"""The tile main loop that every all-pairs kernel shares, and the shapes it runs in.
+
+``tile_product`` gives one fp32 tile of ``a (n, units) @ b (m, units)^T``; kernels differ in what they do with it.
+Two kernels given the same :class:`Plan` compute bitwise the same tile, so scores may be compared across kernels.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from esl_fast.kernels._common import INTERPRETING
+from esl_fast.kernels.inspect import TARGETS, CompileCase
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GROUP = 8  # row blocks that share their columns while these are in L2
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Tile of ``rows x cols``, ``depth`` units a step."""
+
+    rows: int
+    cols: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+# By target and bytes an element, through descriptors and through pointers. 128 x 256 needs 8 warps (4 would spill),
+# fills an SM, and leaves no registers for addresses. "sm_80" serves every NVIDIA GPU without wgmma or tcgen05 and
+# must fit the 99 KB of the small ones.
+TMA_CONFIGS = {
+    "sm_90": {2: TileConfig(128, 256, 64, 8, 3), 4: TileConfig(128, 128, 32, 8, 4)},
+    "sm_100": {2: TileConfig(128, 256, 64, 8, 3), 4: TileConfig(128, 128, 32, 8, 3)},
+}
+POINTER_CONFIGS = {
+    "sm_80": {2: TileConfig(128, 128, 32, 8, 4), 4: TileConfig(128, 128, 32, 8, 3)},
+    "sm_90": {2: TileConfig(128, 128, 32, 8, 4), 4: TileConfig(128, 128, 32, 8, 3)},
+    "sm_100": {2: TileConfig(128, 128, 64, 8, 3), 4: TileConfig(128, 128, 32, 8, 3)},
+    "gfx942": {2: TileConfig(128, 128, 32, 8, 2), 4: TileConfig(128, 128, 32, 8, 2)},
+}
+FP32 = TileConfig(64, 64, 16, 4, 2)
+INTERPRETED = TileConfig(32, 64, 32, 4, 1)
+
+
+@triton.jit
+def tile_product(
+    a, b, row, col, n, m, units, a_row, a_unit, b_row, b_unit,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """``a[row : row + ROWS] @ b[col : col + COLS]^T`` in fp32; what lies past ``n`` or ``m`` is finite rubbish."""
+    acc = tl.zeros((ROWS, COLS), tl.float32)
+    if TMA:
+        for k in range(0, units, DEPTH):
+            x = a.load([row.to(tl.int32), k])
+            y = b.load([col.to(tl.int32), k])
+            if UPCAST:
+                x = x.to(tl.float32)
+                y = y.to(tl.float32)
+            acc = tl.dot(x, y.T, acc, input_precision=PRECISION)
+    else:
+        # Rows past the end repeat the last one: loads of a whole step then need no mask and stay 128 bits wide.
+        x_row = a + tl.minimum(tl.arange(0, ROWS).to(tl.int64) + row, n - 1)[:, None] * a_row
+        y_row = b + tl.minimum(tl.arange(0, COLS).to(tl.int64) + col, m - 1)[:, None] * b_row
+        offset = tl.arange(0, DEPTH).to(tl.int64)
+        whole = units // DEPTH * DEPTH
+        for k in range(0, whole, DEPTH):
+            x = tl.load(x_row + (k + offset)[None, :] * a_unit)
+            y = tl.load(y_row + (k + offset)[None, :] * b_unit)
+            if UPCAST:
+                x = x.to(tl.float32)
+                y = y.to(tl.float32)
+            acc = tl.dot(x, y.T, acc, input_precision=PRECISION)
+        if whole < units:
+            inside = (whole + offset < units)[None, :]
+            x = tl.load(x_row + (whole + offset)[None, :] * a_unit, mask=inside, other=0.0)
+            y = tl.load(y_row + (whole + offset)[None, :] * b_unit, mask=inside, other=0.0)
+            if UPCAST:
+                x = x.to(tl.float32)
+                y = y.to(tl.float32)
+            acc = tl.dot(x, y.T, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def tile_origin(tile, row_blocks, col_blocks, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr):
+    """First row and column of tile number ``tile``: down ``GROUP`` row blocks, then on to the next column block."""
+    group = tile // (GROUP * col_blocks)
+    height = tl.minimum(row_blocks - group * GROUP, GROUP)
+    within = tile - group * GROUP * col_blocks
+    return (group * GROUP + within % height) * ROWS, within // height * COLS
+
+
+@triton.jit
+def halves(tile):
+    """Left and right half of the columns; the halves stay in the registers they are in."""
+    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def eighths(tile):
+    """The columns in eight parts. An epilogue with several values a column spills if it takes them all at once."""
+    left, right = halves(tile)
+    a, b = halves(left)
+    c, d = halves(right)
+    a0, a1 = halves(a)
+    b0, b1 = halves(b)
+    c0, c1 = halves(c)
+    d0, d1 = halves(d)
+    return a0, a1, b0, b1, c0, c1, d0, d1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one all-pairs product runs: operands as the kernels take them, and the shape of the work."""
+
+    config: TileConfig
+    operands: tuple[Any, Any]
+    n: int
+    m: int
+    sizes: tuple[int, ...]
+    constants: dict[str, Any]
+    programs: int
+
+    @property
+    def flatten(self) -> bool:
+        """Whether persistent kernels load the next tile's first units during the epilogue of the last (TMA only)."""
+        return self.constants["TMA"] and not INTERPRETING
+
+    @property
+    def row_blocks(self) -> int:
+        return triton.cdiv(self.n, self.config.rows)
+
+    @property
+    def col_blocks(self) -> int:
+        return triton.cdiv(self.m, self.config.cols)
+
+
+def make_plan(a: Tensor, b: Tensor, *, tma: bool | None = None) -> Plan:
+    """Plan of ``a (n, units) @ b (m, units)^T`` for non-empty operands of one dtype on one device.
+
+    ``tma`` overrides the choice between TMA descriptors and pointers.
+    Raises ValueError for other shapes or dtypes.
+    """
+    check_operands(a, b)
+    precision = dot_precision(a.dtype)
+    target = target_of(a.device)
+    if tma is None:
+        tma = target in TMA_CONFIGS and precision != "fp32" and tma_ready(a) and tma_ready(b)
+    config = tile_config(target, precision, tma)
+    return Plan(
+        config=config,
+        operands=(
+            descriptor(a, config.rows, config.depth) if tma else a,
+            descriptor(b, config.cols, config.depth) if tma else b,
+        ),
+        n=a.shape[0],
+        m=b.shape[0],
+        sizes=(a.shape[0], b.shape[0], a.shape[1], *a.stride(), *b.stride()),
+        constants=tile_constants(config, precision, tma=tma, upcast=INTERPRETING and a.dtype == torch.bfloat16),
+        programs=processors(a.device),
+    )
+
+
+def check_operands(a: Tensor, b: Tensor) -> None:
+    """Raise ValueError unless ``a (n, units)`` and ``b (m, units)`` agree in width, dtype and device."""
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(f"expected (n, units) and (m, units), got {tuple(a.shape)} and {tuple(b.shape)}")
+    if a.dtype != b.dtype or a.dtype not in DTYPES:
+        raise ValueError(f"expected two float32, bfloat16 or float16 tensors, got {a.dtype} and {b.dtype}")
+    if a.device != b.device:
+        raise ValueError(f"expected both on one device, got {a.device} and {b.device}")
+
+
+def tile_config(target: str, precision: str, tma: bool) -> TileConfig:
+    """The configuration for a target, :func:`dot_precision` and way of loading."""
+    if target == "interpreted":
+        return INTERPRETED
+    if precision == "fp32":
+        return FP32
+    return (TMA_CONFIGS if tma else POINTER_CONFIGS)[target][4 if precision == "tf32" else 2]
+
+
+def tile_constants(config: TileConfig, precision: str, *, tma: bool, upcast: bool = False) -> dict[str, Any]:
+    """The constexpr arguments of :func:`tile_product`."""
+    return {
+        "ROWS": config.rows,
+        "COLS": config.cols,
+        "DEPTH": config.depth,
+        "TMA": tma,
+        "PRECISION": "ieee" if precision == "fp32" else "tf32",
+        "UPCAST": upcast,
+    }
+
+
+def launch_options(config: TileConfig) -> dict[str, Any]:
+    """Launch options; products may be fused into sums everywhere here, which Triton's default will stop doing."""
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """What multiplies: ``"bf16"``, ``"fp16"``, or for float32 ``"fp32"`` unless PyTorch was allowed ``"tf32"``."""
+    if dtype == torch.float32:
+        return "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "bf16" if dtype == torch.bfloat16 else "fp16"
+
+
+def tma_ready(x: Tensor) -> bool:
+    """Whether a TMA descriptor can read ``x``: units contiguous, base and row stride multiples of 16 bytes."""
+    row, unit = x.stride()
+    return unit == 1 and row > 0 and row * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0 and x.shape[1] > 0
+
+
+def descriptor(x: Tensor, rows: int, depth: int) -> TensorDescriptor:
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, depth])
+
+
+def target_of(device: torch.device) -> str:
+    """Key of :data:`POINTER_CONFIGS` for a device, ``"interpreted"`` off the GPU."""
+    return _target_of_gpu(_index(device)) if device.type == "cuda" else "interpreted"
+
+
+def processors(device: torch.device) -> int:
+    """Blocks that run at once where each fills a multiprocessor."""
+    return _processors_of_gpu(_index(device)) if device.type == "cuda" else 3
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@functools.cache
+def _target_of_gpu(index: int) -> str:
+    if torch.version.hip:
+        return "gfx942"
+    return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(index)[0], "sm_80")
+
+
+@functools.cache
+def _processors_of_gpu(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def tile_cases(
+    name: str,
+    kernel: Any,
+    arguments: dict[str, str],
+    constants: Sequence[tuple[str, dict[str, Any]]],
+    work: Callable[[int], tuple[float, float]],
+    divisible: tuple[str, ...] = (),
+) -> list[CompileCase]:
+    """Cases of an all-pairs kernel, one for every configuration in use.
+
+    ``arguments`` holds the types of what the kernel takes beside the operands of :func:`tile_product`, ``constants``
+    the kernel's own constexprs by variant name (in 16 bits; the first one in float32 as well), ``work(itemsize)`` its
+    FLOPs and bytes.
+    """
+    sizes = {"n": "i32", "m": "i32", "units": "i32", "a_row": "i32", "b_row": "i32"}
+    found = []
+    for target in TARGETS:
+        for precision, dtype in (("bf16", "bf16"), ("tf32", "fp32"), ("fp32", "fp32")):
+            for tma in [True, False] if target in TMA_CONFIGS and precision != "fp32" else [False]:
+                config = tile_config(target, precision, tma)
+                operands = {"a": f"*{dtype}", "b": f"*{dtype}"}
+                if tma:
+                    operands = {
+                        "a": f"tensordesc<{dtype}[{config.rows}, {config.depth}]>",
+                        "b": f"tensordesc<{dtype}[{config.cols}, {config.depth}]>",
+                    }
+                flops, moved = work(2 if dtype == "bf16" else 4)
+                found += [
+                    CompileCase(
+                        name="_".join(filter(None, (name, variant, precision, "tma" if tma else "pointer"))),
+                        kernel=kernel,
+                        signature={**operands, **sizes, **{k: v.replace("DTYPE", dtype) for k, v in arguments.items()}},
+                        constexprs={
+                            "a_unit": 1,
+                            "b_unit": 1,
+                            **tile_constants(config, precision, tma=tma),
+                            **({"FLATTEN": tma} if "FLATTEN" in kernel.arg_names else {}),
+                            **extra,
+                        },
+                        num_warps=config.num_warps,
+                        num_stages=config.num_stages,
+                        divisible=(*(() if tma else ("a", "b")), "a_row", "b_row", *divisible),
+                        wants_wgmma=target == "sm_90" and precision != "fp32",
+                        flops=flops,
+                        bytes=moved,
+                        precision=precision,
+                        targets=(target,),
+                        options={"enable_fp_fusion": True},
+                    )
+                    for variant, extra in (constants if precision == "bf16" else constants[:1])
+                ]
+    return found
