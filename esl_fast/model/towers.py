@@ -18,6 +18,7 @@ CONFIGS = Path(__file__).with_name("configs")
 CLIP_VOCABULARY, CLIP_CONTEXT = 49408, 77
 # Start and end of text, the last two entries of CLIP's vocabulary; 0 pads.
 CLIP_SPECIAL = CLIP_VOCABULARY - 2
+BAG_INIT_STD = 0.02
 
 
 def pick_device(name: str) -> torch.device:
@@ -54,6 +55,9 @@ class BagOfTokens(nn.Module):
     def __init__(self, size: int, embed_dim: int, vocabulary_size: int = CLIP_VOCABULARY) -> None:
         super().__init__()
         self.embedding = nn.EmbeddingBag(size, embed_dim, mode="mean", padding_idx=0)
+        # The unit variance of nn.EmbeddingBag would dwarf what a few thousand steps can move.
+        nn.init.normal_(self.embedding.weight, std=BAG_INIT_STD)
+        nn.init.zeros_(self.embedding.weight[0])
         self.register_buffer("entry_of", torch.zeros(vocabulary_size, dtype=torch.int64))
 
     def know(self, tokens: Tensor) -> None:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from esl_fast import blocked
 from esl_fast.ops import checks
+from esl_fast.ops.backend import use_kernels
 
 SAME_OWNER = ("positive", "ignore", "negative")
 
@@ -56,6 +57,13 @@ def contrastive_loss(
     compute = torch.promote_types(torch.promote_types(image_units.dtype, folded_text_units.dtype), torch.float32)
     scale = torch.as_tensor(logit_scale, dtype=compute, device=image_units.device)
     checks.same_device(image_units=image_units, folded_text_units=folded_text_units)
+    if use_kernels(image_units, folded_text_units):
+        from esl_fast.kernels import contrastive as kernel  # Triton is imported only where it is used
+
+        common = torch.promote_types(image_units.dtype, folded_text_units.dtype)
+        return kernel.contrastive_loss(
+            image_units.to(common), folded_text_units.to(common), scale, image_ids, text_ids, same_owner
+        )
     return blocked.contrastive.contrastive_loss(
         image_units.to(compute), folded_text_units.to(compute), scale, image_ids, text_ids, same_owner
     )

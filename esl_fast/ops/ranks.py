@@ -5,6 +5,7 @@ from torch import Tensor
 
 from esl_fast import blocked
 from esl_fast.ops import checks
+from esl_fast.ops.backend import use_kernels
 
 
 @torch.no_grad()
@@ -23,7 +24,8 @@ def retrieval_ranks(image_units: Tensor, folded_text_units: Tensor, owners: Tens
         image-to-text ranks ``(N,)`` and text-to-image ranks ``(M,)``, int64.
 
     Raises:
-        TypeError, ValueError: wrong types, shapes or owners, or (CPU) non-finite units, naming the rows.
+        TypeError, ValueError: wrong types, shapes or owners, or (CPU) non-finite units, naming the rows. On a GPU,
+            where looking would mean waiting, a score that is not finite never improves a rank.
     """
     checks.matrix("image_units", image_units)
     checks.matrix("folded_text_units", folded_text_units, image_units.shape[1])
@@ -31,4 +33,9 @@ def retrieval_ranks(image_units: Tensor, folded_text_units: Tensor, owners: Tens
     checks.same_device(image_units=image_units, folded_text_units=folded_text_units, owners=owners)
     checks.finite("image_units", image_units)
     checks.finite("folded_text_units", folded_text_units)
+    if use_kernels(image_units, folded_text_units):
+        from esl_fast.kernels import ranks as kernel  # Triton is imported only where it is used
+
+        common = torch.promote_types(image_units.dtype, folded_text_units.dtype)
+        return kernel.retrieval_ranks(image_units.to(common), folded_text_units.to(common), owners.long())
     return blocked.ranks.retrieval_ranks(image_units, folded_text_units, owners.long())

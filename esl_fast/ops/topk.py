@@ -5,6 +5,7 @@ from torch import Tensor
 
 from esl_fast import blocked
 from esl_fast.ops import checks
+from esl_fast.ops.backend import use_kernels
 
 
 @torch.no_grad()
@@ -25,4 +26,10 @@ def topk(query_units: Tensor, gallery_units: Tensor, k: int) -> tuple[Tensor, Te
     checks.matrix("gallery_units", gallery_units, query_units.shape[1])
     if not isinstance(k, int) or k < 1:
         raise ValueError(f"k is {k!r}; expected a positive integer")
+    k = min(k, gallery_units.shape[0])
+    if use_kernels(query_units) and k and gallery_units.dtype != torch.float64:
+        from esl_fast.kernels import topk as kernel  # Triton is imported only where it is used
+
+        search = kernel.topk if gallery_units.device == query_units.device else kernel.topk_stream
+        return search(query_units.to(gallery_units.dtype), gallery_units, k)
     return blocked.topk.topk(query_units, gallery_units, k)
