@@ -177,10 +177,12 @@ def test_a_message_names_ten_rows_at_most():
 
 def test_degrees():
     w = torch.tensor([0.1, -0.4, 0.2, 0.0])
-    gate, sharpness = torch.tensor(0.25), torch.tensor(3.0)
+    gate, log_sharpness = torch.tensor(0.25), torch.tensor(3.0).log()
     expected = [((abs(v) - 0.1) * 3.0, v) for v in w.tolist()]  # threshold (0.4 - 0) / 4 + 0
-    torch.testing.assert_close(ops.degrees(w, gate, sharpness), torch.tensor([v * 2.718281828**e for e, v in expected]))
-    torch.testing.assert_close(ops.degrees(w, gate, torch.tensor(0.0)), w)
+    expected = torch.tensor([v * 2.718281828**e for e, v in expected])
+    torch.testing.assert_close(ops.degrees(w, gate, log_sharpness, sigmoid_gate=False), expected)
+    torch.testing.assert_close(ops.degrees(w, gate.logit(), log_sharpness, mean=True), expected / 4)
+    torch.testing.assert_close(ops.degrees(w, gate, log_sharpness, sharp=False), w)
 
 
 @pytest.mark.parametrize("w", [[0.3, -0.7, 0.1, 0.5], [-0.2], [0.9, 0.4]])

@@ -85,7 +85,8 @@ class Contribution(nn.Module):
 
     def degrees(self) -> Tensor:
         """``(L+1,)`` contribution degree of each level."""
-        return ops.degrees(self.w, self.temp_scale_1.sigmoid(), self.temp_scale_2.exp())
+        return ops.degrees(self.w, self.temp_scale_1, self.temp_scale_2)
 
     def fold(self, units: Tensor, side: str) -> Tensor:
-        return ops.fold(units, list(self.matrices), self.degrees() / len(self.matrices), side=side)
+        scales = ops.degrees(self.w, self.temp_scale_1, self.temp_scale_2, mean=True)
+        return ops.fold(units, list(self.matrices), scales, side=side)

@@ -116,8 +116,9 @@ def _aggregate_kernels(
     rows: Tensor, weights: Tensor | Sequence[Tensor], cache: SelectionCache | None, **options
 ) -> Tensor:
     from esl_fast.kernels import aggregate as kernel  # Triton is imported only where it is used
+    from esl_fast.kernels.select import select
 
     if isinstance(weights, Tensor):
         return kernel.aggregate_heuristic(rows, weights, **options)
-    selection = kernel.select(weights) if cache is None else cache.get(weights, kernel.select, "kernel")
-    return kernel.aggregate_adaptive(rows, selection, **options)
+    selection = select(weights) if cache is None else cache.get(weights, select, "kernel")
+    return kernel.aggregate_adaptive(rows, weights, selection, **options)

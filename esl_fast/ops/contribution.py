@@ -7,22 +7,44 @@ from torch import Tensor
 
 from esl_fast import blocked, reference
 from esl_fast.ops import checks
-from esl_fast.ops.backend import without_autocast
+from esl_fast.ops.backend import use_kernels, without_autocast
 
 SIDES = ("image", "text")
 
 
-def degrees(w: Tensor, gate: Tensor, sharpness: Tensor) -> Tensor:
+def degrees(
+    w: Tensor,
+    temp_scale_1: Tensor,
+    temp_scale_2: Tensor,
+    *,
+    sigmoid_gate: bool = True,
+    sharp: bool = True,
+    mean: bool = False,
+) -> Tensor:
     """Contribution degree of each level, ``exp((|w_k| - threshold) * sharpness) * w_k`` for ``w (L+1,)``.
 
     ``threshold = (max|w| - min|w|) * gate + min|w|``; gradients flow to all three, through max and min too.
+
+    Args:
+        w: ``(L+1,)``, one weight a level.
+        temp_scale_1: one value; the gate is its sigmoid (global variant) or, without ``sigmoid_gate``, itself.
+        temp_scale_2: one value; the sharpness is its exponential or, without ``sharp``, 0 (``degree_k = w_k``).
+        mean: divide by the number of levels, as :func:`fold` wants it for the global variant.
     """
-    if w.ndim != 1 or gate.numel() != 1 or sharpness.numel() != 1:
+    if w.ndim != 1 or w.numel() == 0 or temp_scale_1.numel() != 1 or temp_scale_2.numel() != 1:
         raise ValueError(
-            f"degrees takes w (L+1,) and two scalars, given shapes {tuple(w.shape)}, {tuple(gate.shape)}, "
-            f"{tuple(sharpness.shape)}"
+            f"degrees takes w (L+1,) and two scalars, given shapes {tuple(w.shape)}, {tuple(temp_scale_1.shape)}, "
+            f"{tuple(temp_scale_2.shape)}"
         )
-    return reference.contribution.degrees(w, gate.reshape(()), sharpness.reshape(()))
+    if use_kernels(w):
+        from esl_fast.kernels import contribution as kernel  # Triton is imported only where it is used
+
+        return kernel.degrees_scales(w, temp_scale_1, temp_scale_2, sigmoid_gate=sigmoid_gate, sharp=sharp, mean=mean)
+    gate, sharpness = temp_scale_1.reshape(()), temp_scale_2.reshape(())
+    degree = reference.contribution.degrees(
+        w, gate.sigmoid() if sigmoid_gate else gate, sharpness.exp() if sharp else torch.zeros_like(sharpness)
+    )
+    return degree / len(w) if mean else degree
 
 
 @without_autocast
@@ -51,6 +73,10 @@ def fold(units: Tensor, matrices: Sequence[Tensor], scales: Tensor, *, side: str
         checks.matrix(f"matrices[{level}]", matrix, matrix.shape[0])
     checks.same_device(units=units, scales=scales, **{f"matrices[{i}]": m for i, m in enumerate(matrices)})
     rows = units.reshape(-1, width)
+    if use_kernels(rows):
+        from esl_fast.kernels import contribution as kernel  # Triton is imported only where it is used
+
+        return kernel.fold(rows, matrices, scales, side).view(units.shape)
     compute = torch.promote_types(units.dtype, torch.float32)
     arguments = (rows.to(compute), [m.to(compute) for m in matrices], scales.to(compute))
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (units, scales, *matrices))
