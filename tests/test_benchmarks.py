@@ -19,6 +19,15 @@ TINY = {case.name: case for case in map(registry.Case.tiny, CASES)}
 needs_region_word = pytest.mark.skipif("region_word" in MISSING, reason=MISSING.get("region_word", ""))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Threads that wait for one another cost more than such small products."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_parity_and_every_competitor(name):
     problem = TINY[name].problem(CPU)
