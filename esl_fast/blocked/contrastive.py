@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # Logits held at a time; small enough for the cache, large enough for a fast product.
-BLOCK_ELEMENTS = 1 << 22
+BLOCK_ELEMENTS = 1 << 21
 
 
 class ContrastiveLoss(torch.autograd.Function):
@@ -59,7 +59,7 @@ class ContrastiveLoss(torch.autograd.Function):
         # exp(logit - lse) * weight in one exponential each.
         row_shift, column_shift = row_lse - row_weight.log(), column_lse - column_weight.log()
         row_target, column_target = row_weight / row_count.clamp(min=1), column_weight / column_count.clamp(min=1)
-        d_images, d_texts = torch.empty_like(images), torch.zeros_like(texts)
+        d_images, d_texts, d_scale = torch.empty_like(images), torch.zeros_like(texts), images.new_zeros(())
         buffer = None
         for rows, logits, same in _logit_blocks(images, texts, scale, image_ids, text_ids, ctx.same_owner):
             buffer = torch.empty_like(logits) if buffer is None else buffer[: len(logits)]
@@ -72,8 +72,9 @@ class ContrastiveLoss(torch.autograd.Function):
                 d_logits -= same * (row_target[rows, None] + column_target)
             torch.mm(d_logits, texts, out=d_images[rows])
             d_texts.addmm_(d_logits.mT, images[rows])
-        d_scale = torch.linalg.vecdot(d_images, images).sum().reshape(logit_scale.shape) * grad
+            d_scale += torch.linalg.vecdot(d_images[rows], images[rows]).sum()
         factor = scale.reshape(()) * grad
+        d_scale = (d_scale * grad).reshape(logit_scale.shape)
         return d_images.mul_(factor), d_texts.mul_(factor), d_scale, None, None, None
 
 

@@ -121,6 +121,7 @@ def _load_own(folder: Path) -> MatchingModel:
         weights = load_file(folder / WEIGHTS)
         model = MatchingModel(config)
         model.load_state_dict(weights, assign=True)  # keeps their dtype
+        model.image_tower.to(memory_format=torch.channels_last)
     except (SafetensorError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"cannot read checkpoint {folder}: {error}") from error
     return model

