@@ -169,7 +169,9 @@ def image_slices(n: int) -> list[slice]:
 def _forward(
     region_units: Tensor, word_units: Tensor, smooth: Tensor, word_lengths: Tensor, region_lengths: Tensor | None
 ) -> Tensor:
-    compute, smooth, blocks, product_rows, reduced_rows, slices = _prepare(region_units, word_units, smooth, word_lengths)
+    compute, smooth, blocks, product_rows, reduced_rows, slices = _prepare(
+        region_units, word_units, smooth, word_lengths
+    )
     out = region_units.new_empty(region_units.shape[0], word_units.shape[0], dtype=compute)
     for images_slice in slices:
         images = ImageBlock(region_units, region_lengths, images_slice, compute)
@@ -203,7 +205,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to regions, words (empty where not wanted) and smooth."""
     smooth_dtype = smooth.dtype
-    compute, smooth, blocks, product_rows, reduced_rows, slices = _prepare(region_units, word_units, smooth, word_lengths)
+    compute, smooth, blocks, product_rows, reduced_rows, slices = _prepare(
+        region_units, word_units, smooth, word_lengths
+    )
     (n, regions, width), (m, length, _) = region_units.shape, word_units.shape
     grad_regions = region_units.new_zeros((n, regions, width) if for_regions else 0)
     grad_words = word_units.new_zeros((m * length, width) if for_words else 0, dtype=compute)
@@ -226,8 +230,9 @@ def _backward(
                 grad_words.index_add_(0, block.captions * length + block.positions, a @ images.units)
         if for_regions:
             grad_regions[images.images] = block_regions.view(regions, -1, width).transpose(0, 1)
-    grad_words = grad_words.view(m, length, width).to(word_units.dtype) if for_words else grad_words.to(word_units.dtype)
-    return grad_regions, grad_words, grad_smooth.to(smooth_dtype)
+    if for_words:
+        grad_words = grad_words.view(m, length, width)
+    return grad_regions, grad_words.to(word_units.dtype), grad_smooth.to(smooth_dtype)
 
 
 @_backward.register_fake
@@ -242,9 +247,9 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad):
-    for_regions, for_words, for_smooth = ctx.needs_input_grad[:3]
-    grads = _backward(grad, *ctx.saved_tensors, for_regions, for_words)
-    return *(g if wanted else None for g, wanted in zip(grads, ctx.needs_input_grad[:3], strict=True)), None, None
+    wanted = ctx.needs_input_grad[:3]
+    grads = _backward(grad, *ctx.saved_tensors, *wanted[:2])
+    return *(g if w else None for g, w in zip(grads, wanted, strict=True)), None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -96,6 +96,24 @@ class ESLHead(Head):
     def fold(self, units: Tensor, side: str) -> Tensor:
         return self.contribution.fold(units, side)
 
+    def narrowed(self, tolerance: float) -> "NarrowedHead":
+        """This head, for inference, without the levels that hardly count: a narrower product.
+
+        The levels of the smallest proven bounds are left out, as many as have bounds that add up to ``tolerance`` at
+        most; the result's ``bound`` is their sum, and no similarity of exact arithmetic changes by more. Looks at the
+        weights as they are now, once, on the CPU.
+        """
+        if not tolerance >= 0:
+            raise ValueError(f"tolerance is {tolerance}; expected a number of at least 0")
+        bounds = self.contribution.bounds().tolist()
+        dropped, total = [], 0.0
+        for level in sorted(range(len(bounds)), key=bounds.__getitem__)[:-1]:
+            if total + bounds[level] > tolerance:
+                break
+            dropped.append(level)
+            total += bounds[level]
+        return NarrowedHead(self, [level for level in range(len(bounds)) if level not in dropped], total)
+
     @classmethod
     def from_official(cls, state_dict: Mapping[str, Tensor]) -> "ESLHead":
         """Head from the official code's weights; names with or without ``pool_frames.``, other keys are ignored.
@@ -118,6 +136,41 @@ class ESLHead(Head):
         )
 
 
+class NarrowedHead(Head):
+    """Some levels of an :class:`ESLHead`; made by :meth:`ESLHead.narrowed`.
+
+    Attributes:
+        levels: those kept, ascending.
+        bound: how far a similarity can be from the whole head's.
+    """
+
+    def __init__(self, head: ESLHead, levels: list[int], bound: float) -> None:
+        super().__init__()
+        self.whole, self.levels, self.bound, self.embed_dim = head, levels, bound, head.embed_dim
+        ends = torch.tensor([0, *head.dims]).cumsum(0).tolist()
+        spans = [(ends[level], ends[level + 1]) for level in levels]
+        # Neighbouring levels stay one slice, which needs no copy.
+        self._spans = [spans[0]]
+        for start, stop in spans[1:]:
+            if start == self._spans[-1][1]:
+                self._spans[-1] = (self._spans[-1][0], stop)
+            else:
+                self._spans.append((start, stop))
+
+    def _kept(self, units: Tensor) -> Tensor:
+        parts = [units[:, start:stop] for start, stop in self._spans]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def image_units(self, x: Tensor) -> Tensor:
+        return self._kept(self.whole.image(x, self.levels[-1]))
+
+    def text_units(self, y: Tensor) -> Tensor:
+        return self._kept(self.whole.text(y, self.levels[-1]))
+
+    def fold(self, units: Tensor, side: str) -> Tensor:
+        return self.whole.contribution.fold(units, side, self.levels)
+
+
 class CosineHead(Head):
     """Plain cosine similarity: the baseline, behind the same interface."""
 
@@ -132,6 +185,21 @@ class CosineHead(Head):
 
     def fold(self, units: Tensor, side: str) -> Tensor:
         return units
+
+
+def similarity(
+    image_features: Tensor, text_features: Tensor, head: Head, *, tolerance: float | None = None
+) -> Tensor | tuple[Tensor, float]:
+    """Similarity ``(N, M)`` of features ``(N, d)`` and ``(M, d)``, for someone who owns a model.
+
+    With ``tolerance`` (inference), levels that provably add less are left out, and the result is the similarity and
+    the bound on what that changed (see :meth:`ESLHead.narrowed`).
+    """
+    if tolerance is None:
+        return head(image_features, text_features)
+    narrowed = head.narrowed(tolerance)
+    with torch.no_grad():
+        return narrowed(image_features, text_features), narrowed.bound
 
 
 SIMILARITIES = ("esl-heuristic", "esl-adaptive", "cosine")

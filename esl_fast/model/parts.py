@@ -43,8 +43,10 @@ class HeuristicAggregator(nn.Module):
         self.weight = nn.Parameter(torch.empty(len(dims) - 1, CHANNELS, kernel_size))
         nn.init.uniform_(self.weight, -1 / math.sqrt(kernel_size), 1 / math.sqrt(kernel_size))  # as nn.Conv1d does
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.aggregate(x, self.weight.sum(1), chain=self.chain, normalize=self.normalize)
+    def forward(self, x: Tensor, levels: int | None = None) -> Tensor:
+        """Units of ``x (..., d)``, of levels 0 to ``levels`` (default: all)."""
+        taps = self.weight[:levels].sum(1)
+        return ops.aggregate(x, taps, chain=self.chain, normalize=self.normalize)
 
 
 class AdaptiveAggregator(nn.Module):
@@ -56,10 +58,11 @@ class AdaptiveAggregator(nn.Module):
         self.weights = nn.ParameterList(torch.randn(after, before) for before, after in pairwise(dims))
         self._cache = ops.SelectionCache()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, levels: int | None = None) -> Tensor:
+        """Units of ``x (..., d)``, of levels 0 to ``levels`` (default: all)."""
         # While training every step changes the weights; a cache would only hold on to memory.
         cache = None if self.training else self._cache
-        return ops.aggregate(x, list(self.weights), chain=self.chain, normalize=self.normalize, cache=cache)
+        return ops.aggregate(x, list(self.weights)[:levels], chain=self.chain, normalize=self.normalize, cache=cache)
 
     def train(self, mode: bool = True) -> "AdaptiveAggregator":
         self._cache.clear()
@@ -87,6 +90,21 @@ class Contribution(nn.Module):
         """``(L+1,)`` contribution degree of each level."""
         return ops.degrees(self.w, self.temp_scale_1, self.temp_scale_2)
 
-    def fold(self, units: Tensor, side: str) -> Tensor:
-        scales = ops.degrees(self.w, self.temp_scale_1, self.temp_scale_2, mean=True)
-        return ops.fold(units, list(self.matrices), scales, side=side)
+    def scales(self) -> Tensor:
+        """``(L+1,)`` degree of each level over the number of levels: what multiplies D_k in the similarity."""
+        return ops.degrees(self.w, self.temp_scale_1, self.temp_scale_2, mean=True)
+
+    def fold(self, units: Tensor, side: str, levels: Sequence[int] | None = None) -> Tensor:
+        """Fold ``units`` of some levels (default: all), in the order of ``levels``."""
+        if levels is None:
+            return ops.fold(units, list(self.matrices), self.scales(), side=side)
+        return ops.fold(units, [self.matrices[k] for k in levels], self.scales()[list(levels)], side=side)
+
+    @torch.no_grad()
+    def bounds(self) -> Tensor:
+        """``(L+1,)`` float64, the largest magnitude that each level can add to any similarity.
+
+        ``|scale_k| * ||D_k||_2``, since units have norm at most 1; a little more for the rounding of that norm.
+        """
+        norms = torch.stack([torch.linalg.matrix_norm(m.double(), 2) for m in self.matrices])
+        return self.scales().double().abs() * norms * (1 + 1e-5)

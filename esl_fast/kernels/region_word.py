@@ -1,0 +1,503 @@
+"""Region-word similarity: products of words and regions in blocks of fixed size, each reduced by one kernel.
+
+A block of products (some captions x some images) is formed by cuBLAS in a buffer of 64 MB, about the size of L2, and a
+kernel reduces it to scores at once; only scores are kept. Both sides are packed without padding: words of captions
+sorted by length one after another, regions region-major, `(R, images)`. A program of the kernel takes one caption and
+16 images: images are lanes, words lie in registers, and it walks the regions, twice forward and three times backward.
+So
+
+- any R costs exactly R steps, and a caption costs its length rounded up to 8, 16, 32, 64 or 128;
+- reductions over regions are sums over steps, those over words stay inside a warp for captions of up to 16 words: no
+  padded segments, no barrier;
+- norms over words are known within a step; those over regions only after the first walk, hence the second.
+
+Reducing inside the tile of the product instead was written and compiled first. Its columns (36 = 32 + 4 regions) and
+captions of uneven length need several register layouts at once; Triton 3.9 then converts whole tiles between them and
+spills (1.4 KB a thread at 128 x 144, 0.5 KB at 64 x 80), and padding both to powers of two would waste over half of the
+product.
+
+Softmaxes over words subtract their maximum. Softmaxes over regions do so in a walk of its own if |smooth| > 64; below
+that |b / norm| <= 1 keeps exponentials within float32.
+
+Backward forms the products anew, overwrites them by their gradients, and leaves the two products that follow to cuBLAS.
+
+Paper, T words x C regions x U units: 2 T C U FLOP in the product, written once and read twice (L2), 6 special functions
+and some 50 other instructions an element in the kernel. 1,000 x 5,000, 36 regions, 13 words, U = 1022, bf16: 4.8 TFLOP,
+6.1 ms at 790 TFLOP/s; the products are 4.7 GB, in all 14 GB or 2.9 ms at 4.8 TB/s even if none were found in L2; 14 G
+special functions, 3.8 ms at 16 a clock and SM, 4.7 ms with captions padded to 16. The kernel's instructions (0.5 clocks
+an element and SM) outlast its bytes: 5 to 6 ms after the product's 6 to 8. Backward: three times the FLOP, three walks.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from esl_fast.kernels._common import INTERPRETING, on_device_of
+from esl_fast.kernels.inspect import CompileCase
+
+EPS = tl.constexpr(1e-8)
+SLOPE = tl.constexpr(0.1)
+MAX_WORDS = 128
+LANES = 16
+SMALLEST = 8
+BLOCK_BYTES = 64 << 20  # products that are reduced before the next ones are formed
+BLOCK_IMAGES = 224
+GRADIENT_BYTES = 256 << 20  # gradients of products held at a time
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DEVICES = ("cuda", "cpu") if INTERPRETING else "cuda"
+RUNTIME = ["images", "regions", "row_words", "first_image", "first_caption", "image_blocks", "block_row"]
+MOVING = ["block", "partial"]  # pointers into a buffer, aligned or not from block to block
+
+
+class Packing(NamedTuple):
+    """Where the words of each caption go; depends on `word_lengths` and W only. Made by :func:`pack_captions`."""
+
+    order: Tensor  # (M,) int64: captions by length
+    lengths: Tensor  # (M,) int32: number of words, in that order
+    offsets: Tensor  # (M,) int64: row of the first word, in that order
+    rows: Tensor  # (T,) int64: which row of `word_units.view(M * W, U)` each row is
+    histogram: list[int]  # captions of 0, 1, ... W words; empty: not known on the host, captions take W rows each
+
+
+def pack_captions(word_lengths: Tensor, max_words: int, device: torch.device, *, wait: bool = False) -> Packing:
+    """Pack captions of `word_lengths (M,)`, each of at most `max_words` (the W of `word_units`) words, for `device`.
+
+    Lengths on the CPU are packed exactly, without waiting for a GPU. Lengths on a GPU are packed exactly if `wait`
+    (one synchronisation; do it once for a gallery), else every caption takes W rows, whose padding is multiplied too.
+    """
+    if torch.compiler.is_compiling() or (word_lengths.device.type != "cpu" and not wait):
+        lengths = word_lengths.to(device, torch.int32).clamp(max=max_words)
+        order = torch.arange(len(lengths), device=device)
+        return Packing(order, lengths, order * max_words, torch.arange(len(lengths) * max_words, device=device), [])
+    lengths = word_lengths.cpu().long().clamp(0, max_words)
+    order = lengths.argsort(stable=True)
+    by_length = lengths[order]
+    rows = (order[:, None] * max_words + torch.arange(max_words))[torch.arange(max_words) < by_length[:, None]]
+    tensors = (order, by_length.int(), by_length.cumsum(0) - by_length, rows)
+    histogram = torch.bincount(lengths, minlength=max_words + 1).tolist()
+    return Packing(*(t.to(device, non_blocking=True) for t in tensors), histogram)
+
+
+@triton.jit
+def _activate(products, offset, live, EXACT: tl.constexpr):
+    """Products of one region and their ``leaky_relu(tanh(.))``, 0 where padded."""
+    a = tl.load(products + offset, mask=live, other=0.0).to(tl.float32)
+    size = tl.abs(a)
+    decay = tl.exp(-2.0 * size)
+    t = (1.0 - decay) / (1.0 + decay)
+    if EXACT:  # 1 - decay loses the digits of a small product
+        square = a * a
+        series = 62.0 / 2835.0
+        series = series * square - 17.0 / 315.0
+        series = series * square + 2.0 / 15.0
+        series = series * square - 1.0 / 3.0
+        series = series * square + 1.0
+        t = tl.where(size < 0.25, size * series, t)
+    return a, tl.where(a > 0, t, -SLOPE * t)
+
+
+@triton.jit
+def _word_scale(b):
+    """``1 / (norm over words + eps)``, one a lane."""
+    return 1.0 / (tl.sqrt(tl.sum(b * b, 0)) + EPS)
+
+
+@triton.jit
+def _word_weights(b, scale, live_word, smooth):
+    """Softmax over words."""
+    logits = tl.where(live_word, b * (smooth * scale), -float("inf"))
+    weights = tl.exp(logits - tl.max(logits, 0)[None, :])
+    return weights / tl.sum(weights, 0)[None, :]
+
+
+@triton.jit
+def _first_walk(products, offset, regions, step, live, regions_of, smooth, EXACT: tl.constexpr):
+    """By word and image: shift, sum of weights and weighted sum of ``a`` of the softmax over regions; region scale."""
+    shift = tl.zeros(live.shape, tl.float32)
+    if tl.abs(smooth) > 64.0:
+        shift += -float("inf")
+        for r in range(0, regions):
+            inside = live & (r < regions_of)[None, :]
+            _, b = _activate(products, offset + r * step, inside, EXACT)
+            logits = b * (smooth * _word_scale(b))[None, :]
+            shift = tl.maximum(shift, tl.where(inside, logits, -float("inf")))
+        shift = tl.where(live, shift, 0.0)
+    weight = tl.zeros(live.shape, tl.float32)
+    weighted = tl.zeros(live.shape, tl.float32)
+    square = tl.zeros(live.shape, tl.float32)
+    for r in range(0, regions):
+        inside = live & (r < regions_of)[None, :]
+        a, b = _activate(products, offset + r * step, inside, EXACT)
+        e = tl.where(inside, tl.exp(b * (smooth * _word_scale(b))[None, :] - shift), 0.0)
+        weight += e
+        weighted += a * e
+        square += b * b
+    return shift, weight, weighted, 1.0 / (tl.sqrt(square) + EPS)
+
+
+@triton.jit
+def _place(
+    block, lengths, offsets, region_lengths, images, regions, first_image, first_caption, image_blocks, block_row,
+    WORDS: tl.constexpr, IMAGES: tl.constexpr, LENGTHS: tl.constexpr,
+):  # fmt: skip
+    """What one program reduces: its caption (in packed order), images, their products, masks."""
+    program = tl.program_id(0).to(tl.int64)
+    caption = first_caption.to(tl.int64) + program // image_blocks
+    word = tl.arange(0, WORDS)
+    image = program % image_blocks * IMAGES + tl.arange(0, IMAGES)
+    length = tl.load(lengths + caption)
+    row = tl.load(offsets + caption) - tl.load(offsets + first_caption.to(tl.int64))
+    live_image = image < images
+    regions_of = tl.full((IMAGES,), 0, tl.int32) + regions
+    if LENGTHS:
+        regions_of = tl.load(region_lengths + first_image.to(tl.int64) + image, mask=live_image, other=1).to(tl.int32)
+    # Launchers keep WORDS rows below 2^31 elements, so that offsets within a caption take one register.
+    products = block + row * block_row.to(tl.int64) + program % image_blocks * IMAGES
+    offset = word[:, None] * block_row + tl.arange(0, IMAGES)[None, :]
+    return caption, length, image, regions_of, products, offset, (word < length)[:, None], live_image
+
+
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=MOVING)
+def _reduce(
+    block, smooth_ptr, order, lengths, offsets, region_lengths, out, out_row, out_col,
+    images, regions, first_image, first_caption, image_blocks, block_row,
+    WORDS: tl.constexpr, IMAGES: tl.constexpr, LENGTHS: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Scores of captions ``first_caption + i`` (packed order) and ``images`` images from their block of products."""
+    caption, length, image, regions_of, products, offset, live_word, live_image = _place(
+        block, lengths, offsets, region_lengths, images, regions, first_image, first_caption, image_blocks, block_row,
+        WORDS, IMAGES, LENGTHS,
+    )  # fmt: skip
+    smooth = tl.load(smooth_ptr).to(tl.float32)
+    step = images
+    live = live_word & live_image[None, :]
+    _, weight, weighted, region_scale = _first_walk(products, offset, regions, step, live, regions_of, smooth, EXACT)
+    by_regions = tl.zeros((IMAGES,), tl.float32)
+    for r in range(0, regions):
+        inside = r < regions_of
+        a, b = _activate(products, offset + r * step, live & inside[None, :], EXACT)
+        attended = tl.sum(a * _word_weights(b, region_scale, live_word, smooth), 0)
+        by_regions += tl.where(inside, attended, 0.0)
+    by_words = tl.sum(tl.where(live, weighted / weight, 0.0), 0)
+    score = by_words / length.to(tl.float32) + by_regions / regions_of.to(tl.float32)
+    row = (first_image.to(tl.int64) + image) * out_row.to(tl.int64)
+    tl.store(out + row + tl.load(order + caption) * out_col.to(tl.int64), score, mask=live_image)
+
+
+@triton.jit
+def _regions_gradient(a, b, scale, live_word, smooth, grad):
+    """Weights of regions over words times the gradient to their means; gradient to what the softmax is taken of."""
+    weights = _word_weights(b, scale, live_word, smooth)
+    mean = tl.sum(a * weights, 0)
+    weights = weights * grad[None, :]
+    return weights, weights * (a - mean[None, :])
+
+
+@triton.jit
+def _along(scale, dot):
+    """What times ``b`` comes off the gradient to ``b`` through the norm in ``b * scale``, ``scale = 1 / (norm + eps)``.
+
+    ``dot`` is the sum of ``b`` times the gradient to ``b * scale`` over that norm's axis; it is 0 where the norm is.
+    """
+    norm = 1.0 / scale - EPS
+    return dot * scale * scale / tl.where(norm > 0, norm, 1.0)
+
+
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=MOVING)
+def _reduce_backward(
+    block, smooth_ptr, order, lengths, offsets, region_lengths, grad_ptr, grad_row, grad_col, partial,
+    images, regions, row_words, first_image, first_caption, image_blocks, block_row,
+    WORDS: tl.constexpr, IMAGES: tl.constexpr, LENGTHS: tl.constexpr, EXACT: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Overwrite a block of products by their gradients; ``partial`` takes each program's share of that to smooth."""
+    caption, length, image, regions_of, products, offset, live_word, live_image = _place(
+        block, lengths, offsets, region_lengths, images, regions, first_image, first_caption, image_blocks, block_row,
+        WORDS, IMAGES, LENGTHS,
+    )  # fmt: skip
+    smooth = tl.load(smooth_ptr).to(tl.float32)
+    step = images
+    live = live_word & live_image[None, :]
+    shift, weight, weighted, region_scale = _first_walk(
+        products, offset, regions, step, live, regions_of, smooth, EXACT
+    )
+    inverse = tl.where(live, 1.0 / weight, 0.0)
+    mean = weighted * inverse
+    place = (first_image.to(tl.int64) + image) * grad_row.to(tl.int64)
+    place += tl.load(order + caption) * grad_col.to(tl.int64)
+    grad = tl.load(grad_ptr + place, mask=live_image, other=0.0).to(tl.float32)
+    grad_word = grad / length.to(tl.float32)
+    grad_region = grad / regions_of.to(tl.float32)
+
+    region_dot = tl.zeros(live.shape, tl.float32)
+    for r in range(0, regions):
+        inside = r < regions_of
+        a, b = _activate(products, offset + r * step, live & inside[None, :], EXACT)
+        grad_here = tl.where(inside, grad_region, 0.0)
+        _, to_words = _regions_gradient(a, b, region_scale, live_word, smooth, grad_here)
+        region_dot += to_words * b
+    grad_smooth = tl.sum(region_dot * region_scale, 0)
+    region_along = _along(region_scale, region_dot)
+
+    written = live
+    if PADDED:
+        written = (tl.arange(0, WORDS) < row_words)[:, None] & live_image[None, :]
+    for r in range(0, regions):
+        inside = r < regions_of
+        live_here = live & inside[None, :]
+        a, b = _activate(products, offset + r * step, live_here, EXACT)
+        scale = _word_scale(b)
+        e = tl.where(live_here, tl.exp(b * (smooth * scale)[None, :] - shift), 0.0)
+        p = e * inverse * grad_word[None, :]
+        to_regions = p * (a - mean)
+        grad_here = tl.where(inside, grad_region, 0.0)
+        q, to_words = _regions_gradient(a, b, region_scale, live_word, smooth, grad_here)
+        word_dot = tl.sum(to_regions * b, 0)
+        grad_smooth += word_dot * scale
+        grad_b = to_regions * scale[None, :] + to_words * region_scale
+        grad_b -= b * (_along(scale, word_dot)[None, :] + region_along)
+        slope = tl.where(a > 0, 1.0, SLOPE)
+        t = b / slope
+        grad_a = p + q + grad_b * smooth * slope * (1.0 - t * t)
+        grad_a = tl.where(live_here, grad_a, 0.0)
+        tl.store(products + offset + r * step, grad_a.to(block.dtype.element_ty), mask=written)
+    tl.store(partial + tl.program_id(0), tl.sum(tl.where(live_image, grad_smooth, 0.0), 0))
+
+
+class Block(NamedTuple):
+    """Captions ``first .. first + count`` in packed order, of at most ``words`` words, and their rows."""
+
+    first: int
+    count: int
+    words: int
+    row: int
+    rows: int
+
+
+def caption_blocks(packing: Packing, max_words: int, max_rows: int) -> list[Block]:
+    """Blocks of captions whose words round up to the same power of two, of at most `max_rows` rows (or one caption)."""
+    if not packing.histogram:
+        runs = [(max_words, len(packing.order))]
+    else:
+        runs = [(length, count) for length, count in enumerate(packing.histogram) if count]
+    blocks: list[Block] = []
+    first = row = 0
+    for length, count in runs:
+        words = max(SMALLEST, triton.next_power_of_2(length))
+        while count:
+            last = blocks[-1] if blocks else None
+            if last is None or last.words != words or last.rows + length > max_rows:
+                blocks.append(Block(first, 0, words, row, 0))
+                last = blocks[-1]
+            taken = min(count, max(1, (max_rows - last.rows) // max(length, 1)))
+            blocks[-1] = last._replace(count=last.count + taken, rows=last.rows + taken * length)
+            first, row, count = first + taken, row + taken * length, count - taken
+    return blocks
+
+
+def _warps(words: int) -> int:
+    return max(1, words // 16)
+
+
+def _lanes(images: int) -> int:
+    return min(LANES, triton.next_power_of_2(images))
+
+
+def _take(word_units: Tensor, packing: Packing, rows: slice) -> Tensor:
+    width = word_units.shape[2]
+    if not packing.histogram:
+        return word_units.reshape(-1, width)[rows]
+    index = packing.rows[rows]
+    if word_units.stride(0) == word_units.shape[1] * word_units.stride(1):
+        return word_units.view(-1, width).index_select(0, index)
+    return word_units[index // word_units.shape[1], index % word_units.shape[1]]
+
+
+def _exact(x: Tensor) -> bool:
+    return x.dtype == torch.float32
+
+
+@torch.library.custom_op("esl_fast::region_word", mutates_args=(), device_types=DEVICES)
+def _forward(
+    region_units: Tensor, word_units: Tensor, smooth: Tensor, region_lengths: Tensor | None,
+    order: Tensor, lengths: Tensor, offsets: Tensor, rows: Tensor, histogram: list[int],
+) -> Tensor:  # fmt: skip
+    packing = Packing(order, lengths, offsets, rows, histogram)
+    (n, regions, width), (m, max_words, _) = region_units.shape, word_units.shape
+    out = torch.empty((n, m), dtype=torch.float32, device=region_units.device)
+    if n == 0 or m == 0:
+        return out
+    block_images = min(n, BLOCK_IMAGES)
+    elements = BLOCK_BYTES // region_units.element_size()
+    blocks = caption_blocks(packing, max_words, max(MAX_WORDS, elements // (regions * block_images)))
+    buffer = region_units.new_empty(max(b.rows for b in blocks), regions * block_images)
+    for first in range(0, n, block_images):
+        images = min(block_images, n - first)
+        # (U, R * images): cuBLAS takes the transpose of either side as it comes.
+        columns = region_units[first : first + images].transpose(0, 1).reshape(-1, width).mT
+        image_blocks = triton.cdiv(images, _lanes(images))
+        for block in blocks:
+            words = _take(word_units, packing, slice(block.row, block.row + block.rows))
+            products = buffer.view(-1)[: block.rows * columns.shape[1]].view(block.rows, columns.shape[1])
+            torch.mm(words, columns, out=products)
+            with on_device_of(region_units):
+                _reduce[(block.count * image_blocks,)](
+                    products, smooth, order, lengths, offsets, region_lengths, out, out.stride(0), out.stride(1),
+                    images, regions, first, block.first, image_blocks, columns.shape[1],
+                    WORDS=block.words, IMAGES=_lanes(images), LENGTHS=region_lengths is not None,
+                    EXACT=_exact(region_units), num_warps=_warps(block.words), enable_fp_fusion=True,
+                )  # fmt: skip
+    return out
+
+
+@_forward.register_fake
+def _(region_units, word_units, smooth, region_lengths, order, lengths, offsets, rows, histogram):
+    return region_units.new_empty(region_units.shape[0], word_units.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("esl_fast::region_word_backward", mutates_args=(), device_types=DEVICES)
+def _backward(
+    grad: Tensor, region_units: Tensor, word_units: Tensor, smooth: Tensor, region_lengths: Tensor | None,
+    order: Tensor, lengths: Tensor, offsets: Tensor, rows: Tensor, histogram: list[int],
+    for_regions: bool, for_words: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients to regions, words (empty where not wanted) and smooth."""
+    packing = Packing(order, lengths, offsets, rows, histogram)
+    (n, regions, width), (m, max_words, _) = region_units.shape, word_units.shape
+    device, dtype = region_units.device, region_units.dtype
+    grad_regions = torch.empty(region_units.shape if for_regions else (0,), dtype=dtype, device=device)
+    total = len(rows)
+    if n == 0 or total == 0:
+        zeros = torch.zeros(word_units.shape if for_words else (0,), dtype=dtype, device=device)
+        return grad_regions.zero_(), zeros, torch.zeros_like(smooth)
+    words = _take(word_units, packing, slice(None))
+    if not histogram and for_regions:  # gradients there are 0, but 0 times a NaN is not
+        padding = torch.arange(max_words, device=device) >= lengths[:, None]
+        words = words.masked_fill(padding.view(-1, 1), 0)
+    columns = min(GRADIENT_BYTES // (region_units.element_size() * total), 2**31 // (2 * MAX_WORDS))
+    block_images = columns // regions
+    block_images = max(1, min(n, block_images))
+    blocks = caption_blocks(packing, max_words, total)
+    several = n > block_images
+    row_dtype = torch.float32 if several else dtype
+    grad_rows = torch.zeros((total, width) if for_words else (0,), dtype=row_dtype, device=device)
+    programs = sum(block.count for block in blocks) * triton.cdiv(block_images, _lanes(block_images))
+    partial = torch.zeros((triton.cdiv(n, block_images), programs), dtype=torch.float32, device=device)
+    buffer = torch.empty(total * regions * block_images, dtype=dtype, device=device)
+    for index, first in enumerate(range(0, n, block_images)):
+        images = min(block_images, n - first)
+        columns = region_units[first : first + images].transpose(0, 1).reshape(-1, width)
+        if region_lengths is not None and for_words:
+            padding = torch.arange(regions, device=device)[:, None] >= region_lengths[first : first + images]
+            columns = columns.masked_fill(padding.view(-1, 1), 0)
+        products = buffer[: total * len(columns)].view(total, len(columns))
+        torch.mm(words, columns.mT, out=products)
+        image_blocks = triton.cdiv(images, _lanes(images))
+        for block in blocks:
+            with on_device_of(region_units):
+                _reduce_backward[(block.count * image_blocks,)](
+                    products[block.row :], smooth, order, lengths, offsets, region_lengths,
+                    grad, grad.stride(0), grad.stride(1), partial[index, block.first * image_blocks :],
+                    images, regions, max_words, first, block.first, image_blocks, len(columns),
+                    WORDS=block.words, IMAGES=_lanes(images), LENGTHS=region_lengths is not None,
+                    EXACT=_exact(region_units), PADDED=not histogram, num_warps=_warps(block.words),
+                    enable_fp_fusion=True,
+                )  # fmt: skip
+        if for_regions:
+            to_regions = torch.mm(products.mT, words).view(regions, images, width)
+            grad_regions[first : first + images] = to_regions.transpose(0, 1)
+        if for_words and several:
+            grad_rows += torch.mm(products, columns)
+        elif for_words:
+            torch.mm(products, columns, out=grad_rows)
+    if for_words and histogram:
+        grad_words = torch.zeros((m * max_words, width), dtype=dtype, device=device)
+        grad_words.index_copy_(0, rows, grad_rows.to(dtype))
+        grad_words = grad_words.view(m, max_words, width)
+    else:
+        grad_words = grad_rows.to(dtype).view(m, max_words, width) if for_words else grad_rows.to(dtype)
+    return grad_regions, grad_words, partial.sum().to(smooth.dtype).reshape(smooth.shape)
+
+
+@_backward.register_fake
+def _(grad, region_units, word_units, smooth, region_lengths, *packing_and_wanted):
+    *_, for_regions, for_words = packing_and_wanted
+    grad_regions = region_units.new_empty(region_units.shape if for_regions else (0,))
+    grad_words = word_units.new_empty(word_units.shape if for_words else (0,))
+    return grad_regions, grad_words, torch.empty_like(smooth)
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.histogram = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx, grad):
+    wanted = ctx.needs_input_grad[:3]
+    grads = _backward(grad, *ctx.saved_tensors, ctx.histogram, *wanted[:2])
+    return *(g if w else None for g, w in zip(grads, wanted, strict=True)), *[None] * 6
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def region_word_similarity(
+    region_units: Tensor,
+    word_units: Tensor,
+    smooth: Tensor,
+    word_lengths: Tensor,
+    region_lengths: Tensor | None = None,
+    *,
+    packing: Packing | None = None,
+) -> Tensor:
+    """As :func:`esl_fast.reference.region_word.region_word_similarity`, scores in float32; `smooth` is 0-d.
+
+    `region_units (N, R, U)` and `word_units (M, W, U)` are float32, bfloat16 or float16, both of one dtype, W at most
+    128. `packing` is what :func:`pack_captions` made of `word_lengths`.
+    """
+    if region_units.dtype not in DTYPES or word_units.dtype != region_units.dtype:
+        raise TypeError(f"units are {region_units.dtype} and {word_units.dtype}; expected one of {DTYPES} for both")
+    if word_units.shape[1] > MAX_WORDS:
+        raise ValueError(f"captions of {word_units.shape[1]} words; at most {MAX_WORDS}")
+    if packing is None:
+        packing = pack_captions(word_lengths, word_units.shape[1], region_units.device)
+    if region_lengths is not None:
+        region_lengths = region_lengths.to(region_units.device, non_blocking=True)
+    return _forward(region_units, word_units, smooth, region_lengths, *packing)
+
+
+def compile_cases() -> list[CompileCase]:
+    """What the launchers run, by words a caption."""
+    pointers = {"block": "*bf16", "smooth_ptr": "*fp32", "order": "*i64", "lengths": "*i32", "offsets": "*i64",
+                "region_lengths": "*i64"}  # fmt: skip
+    sizes = dict.fromkeys(("images", "regions", "first_image", "first_caption", "image_blocks", "block_row"), "i32")
+    forward = {**pointers, "out": "*fp32", "out_row": "i32", "out_col": "i32", **sizes}
+    backward = {**pointers, "grad_ptr": "*fp32", "grad_row": "i32", "grad_col": "i32", "partial": "*fp32",
+                **sizes, "row_words": "i32"}  # fmt: skip
+    aligned = tuple(name for name, kind in (forward | backward).items() if kind[0] == "*" and name not in MOVING)
+    cases = []
+    for dtype, words in (("bf16", 8), ("bf16", 16), ("bf16", 32), ("bf16", 128), ("fp32", 16), ("fp32", 128)):
+        constants = {"WORDS": words, "IMAGES": LANES, "LENGTHS": True, "EXACT": dtype == "fp32"}
+        for name, kernel, signature in (("forward", _reduce, forward), ("backward", _reduce_backward, backward)):
+            if kernel is _reduce_backward:
+                constants = {**constants, "PADDED": False}
+            # One block: 224 images of 36 regions and as many captions as fill it.
+            elements = BLOCK_BYTES // (4 if dtype == "fp32" else 2)
+            passes = 2 if kernel is _reduce else 4  # the backward's last walk reads and writes
+            case = CompileCase(
+                f"{name}-{dtype}-{words}",
+                kernel,
+                {**signature, "block": f"*{dtype}"},
+                constants,
+                _warps(words),
+                num_stages=3,
+                divisible=tuple(name for name in aligned if name in signature),
+                flops=25.0 * passes * elements,
+                bytes=float(passes * BLOCK_BYTES),
+                precision="fp32",
+                options={"enable_fp_fusion": True},
+            )
+            cases.append(case)
+    return cases

@@ -1,0 +1,80 @@
+"""The whole head and the loss through the kernels, against the golden files and against float64."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import esl_fast
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def relative(ours: torch.Tensor, expected: torch.Tensor) -> float:
+    ours, expected = ours.double().cpu(), expected.double().cpu()
+    return float((ours - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("name", ["heuristic", "adaptive"])
+def test_golden_similarity_loss_and_gradients(name, device):
+    golden = load_file(GOLDEN / f"clip_{name}_d256_train.safetensors")
+    weights = {key.removeprefix("param."): value for key, value in golden.items() if key.startswith("param.")}
+    head = esl_fast.ESLHead.from_official(weights).to(device)
+    features = [golden[f"{side}_features"].to(device).requires_grad_() for side in ("image", "text")]
+    scale = golden["logit_scale"].to(device).requires_grad_()
+    with esl_fast.use_backend("triton"):
+        assert relative(head(*features).detach(), golden["similarity"]) <= 1e-5
+        loss = esl_fast.contrastive_loss(*head.sides(*features), scale.exp())
+    loss.backward()
+    assert loss.item() == pytest.approx(golden["loss"].item(), rel=1e-5)
+
+    ours = {"image_features": features[0].grad, "text_features": features[1].grad, "logit_scale": scale.grad}
+    # The official names of the gradients, by way of a head that holds them as weights.
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(parameter.grad)
+    ours |= head.to_official()
+    expected = {key.removeprefix("grad."): value for key, value in golden.items() if key.startswith("grad.")}
+    largest = max(value.norm() for value in expected.values())
+    for key, value in expected.items():
+        # Below 1e-4 of the largest the official gradient is its own rounding noise.
+        error = (ours[key].cpu() - value).norm() / (value.norm() if value.norm() > 1e-4 * largest else largest)
+        assert error <= 3e-4, key
+
+
+@pytest.mark.parametrize("aggregator", ["heuristic", "adaptive"])
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
+def test_gradients_on_any_subset(aggregator, wanted, device, poison):
+    torch.manual_seed(0)
+    head = esl_fast.ESLHead(48, num_levels=3, aggregator=aggregator).to(device)
+    # Sliced out of something wider: rows are not contiguous.
+    wide = (torch.randn(n, 100, device=device) for n in (7, 13))
+    images, texts = (t[:, 3:99:2].requires_grad_(w) for t, w in zip(wide, wanted, strict=True))
+    inputs = [t for t in (images, texts) if t.requires_grad] + list(head.parameters())
+    weight = torch.randn(7, 13, device=device)
+    with esl_fast.use_backend("triton"):
+        ours = torch.autograd.grad((head(images, texts) * weight).sum(), inputs)
+    exact = head.double()
+    doubles = [t.detach().double().requires_grad_(t.requires_grad) for t in (images, texts)]
+    with esl_fast.use_backend("torch"):
+        inputs = [t for t in doubles if t.requires_grad] + list(exact.parameters())
+        expected = torch.autograd.grad((exact(*doubles) * weight).sum(), inputs)
+    largest = max(b.norm() for b in expected)
+    for a, b in zip(ours, expected, strict=True):
+        # Of the largest, since a gradient may vanish (a threshold that is a level's own weight).
+        assert (a.double() - b).norm() <= 3e-5 * max(b.norm(), 1e-2 * largest)
+
+
+def test_ranks_and_best_matches_agree_with_pytorch(device):
+    torch.manual_seed(0)
+    head = esl_fast.ESLHead(32, num_levels=2).to(device)
+    images, texts = torch.randn(11, 32, device=device), torch.randn(55, 32, device=device)
+    owners = torch.arange(55, device=device) // 5
+    results = []
+    for backend in ("triton", "torch"):
+        with esl_fast.use_backend(backend), torch.no_grad():
+            sides = head.sides(images, texts)
+            results.append((*esl_fast.retrieval_ranks(*sides, owners), esl_fast.topk(*sides, 7)[1]))
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(ours, expected)

@@ -1,0 +1,64 @@
+"""Leaving out levels at inference, with a bound that holds."""
+
+import pytest
+import torch
+
+import esl_fast
+
+
+def sparse_head(aggregator: str, seed: int = 0) -> esl_fast.ESLHead:
+    torch.manual_seed(seed)
+    head = esl_fast.ESLHead(64, num_levels=4, aggregator=aggregator).double()
+    with torch.no_grad():
+        head.contribution.w.copy_(torch.tensor([0.9, -0.02, 0.6, 0.01, -0.3]))
+        head.contribution.temp_scale_2.fill_(1.0)
+        for matrix in head.contribution.matrices:
+            matrix.copy_(torch.randn_like(matrix) / matrix.shape[0] ** 0.5)
+    return head
+
+
+@pytest.mark.parametrize("aggregator", ["heuristic", "adaptive"])
+@pytest.mark.parametrize("tolerance", [0.0, 0.003, 0.02, 0.3, 100.0])
+def test_the_bound_is_real(aggregator, tolerance):
+    head = sparse_head(aggregator)
+    images, texts = torch.randn(40, 64).double(), torch.randn(70, 64).double()
+    whole = head(images, texts)
+    scores, bound = esl_fast.similarity(images, texts, head, tolerance=tolerance)
+    assert (scores - whole).abs().max() <= bound + 1e-15
+    assert bound <= tolerance
+
+
+def test_a_single_level_reaches_its_bound():
+    """An embedding and itself meet an identity at the bound."""
+    head = esl_fast.ESLHead(16, num_levels=1).double()
+    with torch.no_grad():
+        head.contribution.w.copy_(torch.tensor([0.01, 0.5]))
+        head.contribution.temp_scale_2.zero_()
+    narrowed = head.narrowed(float(head.contribution.bounds()[0]))
+    assert narrowed.levels == [1]
+    x = torch.randn(1, 16).double()
+    difference = (head(x, x) - narrowed(x, x)).abs().item()
+    assert difference == pytest.approx(narrowed.bound, rel=1e-4)
+
+
+def test_the_product_narrows():
+    head = sparse_head("heuristic")
+    images, texts = torch.randn(5, 64).double(), torch.randn(7, 64).double()
+    widths = [head.narrowed(t).sides(images, texts)[0].shape[1] for t in (0.0, 0.003, 0.02, 0.3, 100.0)]
+    assert widths[0] == sum(head.dims)
+    assert widths == sorted(widths, reverse=True)
+    assert widths[-1] == head.dims[0]
+    assert head.narrowed(0.02).levels == [0, 2, 4]
+
+
+@pytest.mark.parametrize("tolerance", [-1.0, float("nan")])
+def test_a_tolerance_is_not_negative(tolerance):
+    with pytest.raises(ValueError, match="tolerance is"):
+        sparse_head("heuristic").narrowed(tolerance)
+
+
+def test_the_drop_in_is_the_head():
+    head = sparse_head("adaptive")
+    images, texts = torch.randn(5, 64).double().requires_grad_(), torch.randn(7, 64).double()
+    assert torch.equal(esl_fast.similarity(images, texts, head), head(images, texts))
+    assert esl_fast.similarity(images, texts, head).requires_grad
