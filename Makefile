@@ -9,8 +9,10 @@ BIN := $(VENV)/bin
 train: $(VENV)/.installed-train
 	$(BIN)/python train/run.py $(ARGS)
 
+# Triton kernels run interpreted, in a process of their own: what `@triton.jit` makes is decided at import.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/kernels
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

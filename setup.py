@@ -26,6 +26,7 @@ setup(
     ],
     extras_require={
         "train": TRAIN,
-        "test": ["pytest>=8", "pytest-benchmark", "ruff", *TRAIN],
+        "bert": ["transformers"],
+        "test": ["pytest>=8", "pytest-benchmark", "pytest-xdist", "ruff", *TRAIN],
     },
 )

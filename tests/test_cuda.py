@@ -1,0 +1,120 @@
+"""What only a GPU can show; the kernels' arithmetic is tested in tests/kernels, on a GPU or interpreted."""
+
+import pytest
+import torch
+
+import esl_fast
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+SIZES = (97, 211)
+
+
+def head_and_features(aggregator: str, dtype: torch.dtype, device: str = "cuda"):
+    torch.manual_seed(0)
+    head = esl_fast.ESLHead(512, aggregator=aggregator).to(device)
+    return head, *(torch.randn(n, 512, device=device, dtype=dtype, requires_grad=True) for n in SIZES)
+
+
+def paired_loss(head, images, texts):
+    return esl_fast.contrastive_loss(*head.sides(images, texts[: len(images)]), 14.3)
+
+
+@pytest.mark.parametrize("aggregator", ["heuristic", "adaptive"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_errors_do_not_exceed_those_of_plain_pytorch(aggregator, dtype):
+    head, images, texts = head_and_features(aggregator, dtype)
+    results = {}
+    for backend in ("triton", "torch"):
+        with esl_fast.use_backend(backend):
+            inputs = [images, texts, *head.parameters()]
+            results[backend] = [
+                head(images, texts).detach(),
+                *torch.autograd.grad(paired_loss(head, images, texts), inputs),
+            ]
+    exact_head = head.double()
+    exact = [t.detach().double().requires_grad_() for t in (images, texts)]
+    with esl_fast.use_backend("torch"):
+        gradients = torch.autograd.grad(paired_loss(exact_head, *exact), [*exact, *exact_head.parameters()])
+        expected = [exact_head(*exact).detach(), *gradients]
+    largest = max(g.norm() for g in expected[1:])
+    for ours, naive, true in zip(results["triton"], results["torch"], expected, strict=True):
+        floor = 1e-5 * max(true.norm(), 1e-2 * largest)
+        assert (ours.double() - true).norm() <= 1.5 * (naive.double() - true).norm() + floor
+
+
+@pytest.mark.parametrize("aggregator", ["heuristic", "adaptive"])
+def test_nothing_waits_for_the_device(aggregator):
+    head, images, texts = head_and_features(aggregator, torch.float32)
+    owners = torch.arange(SIZES[1], device="cuda") % SIZES[0]
+    paired_loss(head, images, texts).backward()  # compiles
+    esl_fast.retrieval_ranks(*head.sides(images, texts), owners)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        paired_loss(head, images, texts).backward()
+        esl_fast.retrieval_ranks(*head.sides(images, texts), owners)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("aggregator", ["heuristic", "adaptive"])
+def test_compiled_is_eager(aggregator):
+    head, images, texts = head_and_features(aggregator, torch.float32)
+    compiled = torch.compile(lambda x, y: head(x, y), fullgraph=True)
+    assert torch.equal(compiled(images, texts), head(images, texts))
+
+
+def test_a_graph_replays():
+    head, images, texts = head_and_features("heuristic", torch.bfloat16)
+    images, texts, head = images.detach(), texts.detach(), head.eval().requires_grad_(False)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        head(images, texts)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        scores = head(images, texts)
+    images.copy_(torch.randn_like(images))
+    graph.replay()
+    assert torch.equal(scores, head(images, texts))
+
+
+def test_runs_repeat_bit_by_bit():
+    head, images, texts = head_and_features("adaptive", torch.bfloat16)
+    first, second = (
+        torch.autograd.grad(paired_loss(head, images, texts), [images, texts, *head.parameters()]) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_autocast_takes_half_precision_features():
+    head, images, texts = head_and_features("heuristic", torch.float32)
+    linear = torch.nn.Linear(512, 512, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        scores = head(linear(images), linear(texts))
+    assert scores.dtype == torch.bfloat16
+    scores.float().sum().backward()
+    assert images.grad is not None
+
+
+def test_loss_memory_is_linear():
+    n, width = 16384, 1022
+    sides = [torch.randn(n, width, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2)]
+    esl_fast.contrastive_loss(*sides, 0.1).backward()
+    for side in sides:
+        side.grad = None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    esl_fast.contrastive_loss(*sides, 0.1).backward()
+    # The matrix alone would take 512 MB in bfloat16.
+    assert torch.cuda.max_memory_allocated() - before < 400 << 20
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second CUDA device")
+def test_any_device():
+    head, images, texts = head_and_features("adaptive", torch.float32, "cuda:1")
+    assert head(images, texts).device.index == 1
+    paired_loss(head, images, texts).backward()
