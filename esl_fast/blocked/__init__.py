@@ -1,5 +1,7 @@
 """PyTorch made fast and memory-bounded: what runs on a CPU."""
 
-from esl_fast.blocked import aggregate, contrastive, contribution, ranks, topk
+from esl_fast.blocked import aggregate, contrastive, contribution, hinge, ranks, region_word, region_word_pairs, topk
 
-__all__ = ["aggregate", "contrastive", "contribution", "ranks", "topk"]
+__all__ = [
+    "aggregate", "contrastive", "contribution", "hinge", "ranks", "region_word", "region_word_pairs", "topk",
+]  # fmt: skip

@@ -12,7 +12,7 @@ BLOCK_CAPTIONS = 4096
 KEPT_BYTES = 64 << 20
 
 
-def _blocks(counts: list[int]) -> list[tuple[int, int]]:
+def owner_blocks(counts: list[int]) -> list[tuple[int, int]]:
     """Ranges of images with at most BLOCK_IMAGES images and, but for a single image, BLOCK_CAPTIONS captions."""
     blocks, start, captions = [], 0, 0
     # Blocks of one size: a product of another shape may round the same scores differently.
@@ -41,7 +41,7 @@ def retrieval_ranks(image_units: Tensor, folded_text_units: Tensor, owners: Tens
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).tolist()
     in_order = torch.equal(order, torch.arange(m, device=order.device))
     texts = folded_text_units if in_order else folded_text_units[order]
-    blocks = _blocks(counts.tolist())
+    blocks = owner_blocks(counts.tolist())
     compute = torch.promote_types(image_units.dtype, torch.float32)
 
     def tile(row: tuple[int, int], column: tuple[int, int]) -> Tensor:

@@ -21,7 +21,7 @@ def topk(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
     for start, block in _blocks(gallery, max(1, BLOCK_ELEMENTS // max(queries.shape[0], 1))):
         scores = queries @ block.to(queries.device, compute).mT
         scores = scores.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        best, where = _stable_topk(scores, min(k, scores.shape[1]))
+        best, where = stable_topk(scores, min(k, scores.shape[1]))
         # Earlier blocks come first, so that of equal scores the lower index stays in front.
         values, indices = torch.cat([values, best], 1), torch.cat([indices, where + start], 1)
         order = values.sort(dim=1, descending=True, stable=True).indices[:, :k]
@@ -29,7 +29,7 @@ def topk(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, indices
 
 
-def _stable_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def stable_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k highest of each row, descending, lower columns first among equals.
 
     ``torch.topk`` breaks ties as it likes: those above the k-th score are all in, of those equal to it the lowest
