@@ -9,7 +9,7 @@ def reporting_errors(run: Callable[[], int]) -> int:
     """Exit status of a script: what its user can mend is one line on stderr, not a traceback."""
     try:
         return run()
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -63,7 +63,7 @@ def test_pairs_of_pictures(pictures, cache_bytes):
     assert item["tokens"].dtype == torch.int64
     assert item["tokens"].tolist() == tokenize(pictures.captions)[7].tolist()
     assert (item["image_index"], item["caption_index"]) == (1, 7)
-    batch = next(iter(DataLoader(pairs, batch_size=3)))
+    batch = next(iter(DataLoader(pairs, batch_size=3, collate_fn=pairs.collate)))
     assert batch["image"].shape == (3, 3, 64, 64)
     assert batch["caption_index"].tolist() == [0, 1, 2]
 
@@ -103,7 +103,8 @@ def test_data_errors_cross_worker_processes(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no picture")
     images = ImageFiles([tmp_path / "good.png", tmp_path / "bad.png"])
     split = Split.from_lists("train", images, [["a"], ["b"]], ["good.png", "bad.png"])
-    loader = DataLoader(PairDataset(split, to_tensor, tokenize, cache_bytes=0), num_workers=1)
+    pairs = PairDataset(split, to_tensor, tokenize, cache_bytes=0)
+    loader = DataLoader(pairs, num_workers=1, collate_fn=pairs.collate)
     with pytest.raises(DataError, match=r"bad\.png: cannot be read as an image"):
         list(loader)
 

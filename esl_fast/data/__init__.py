@@ -4,6 +4,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+from .augment import SizeAugmentation
 from .coco import load_coco
 from .features import load_features
 from .karpathy import load_flickr30k, load_karpathy
@@ -20,6 +21,7 @@ __all__ = [
     "EpochSampler",
     "ImageDataset",
     "PairDataset",
+    "SizeAugmentation",
     "Split",
     "load_dataset",
 ]

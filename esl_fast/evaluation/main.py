@@ -23,7 +23,7 @@ class EvaluateConfig:
 
     Args:
         checkpoint: A folder saved by training, or an official .pth file; several make an ensemble.
-        dataset: synthetic, flickr30k, coco, karpathy (any Karpathy file with an image folder) or features.
+        dataset: synthetic, flickr30k, coco, karpathy (any Karpathy file with an image folder), features or regions.
         data_root: Folder of the data set.
         image_root: Folder of the images, where it is not the usual one under data_root.
         annotations: Annotation file, where it is not the usual one under data_root.
@@ -31,6 +31,9 @@ class EvaluateConfig:
         on_error: What an unreadable image or record does: raise names it and stops, skip leaves it out and counts.
         split: train, val or test.
         five_folds: Also average over five folds of 1,000 images (COCO 1K).
+        rerank: Two-stage retrieval with a region-word checkpoint: so many candidates of each query are found by a
+            global similarity, and only those are sorted by regions and words.
+        shortlist: Checkpoint whose global similarity finds them; by default the cosine of the mean region and word.
         batch_size: Images or captions encoded at a time.
         workers: Processes that load images; 0 loads in the main process.
         precision: fp32, bf16 or fp16 (mixed precision in the towers).
@@ -40,7 +43,7 @@ class EvaluateConfig:
     """
 
     checkpoint: list[str]
-    dataset: Literal["synthetic", "flickr30k", "coco", "karpathy", "features"] = "synthetic"
+    dataset: Literal["synthetic", "flickr30k", "coco", "karpathy", "features", "regions"] = "synthetic"
     data_root: str | None = None
     image_root: str | None = None
     annotations: str | None = None
@@ -48,6 +51,8 @@ class EvaluateConfig:
     on_error: Literal["raise", "skip"] = "raise"
     split: Literal["train", "val", "test"] = "test"
     five_folds: bool = False
+    rerank: int | None = None
+    shortlist: str | None = None
     batch_size: int = 256
     workers: int = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -114,6 +119,8 @@ def run(config: EvaluateConfig) -> int:
         workers=config.workers,
         precision=config.precision,
         save_similarity=None if config.save_similarity is None else Path(config.save_similarity),
+        rerank=config.rerank,
+        shortlist=None if config.shortlist is None else partial(load, config.shortlist),
     )
     result |= {
         "checkpoints": config.checkpoint,

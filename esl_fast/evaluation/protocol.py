@@ -13,39 +13,38 @@ from tqdm import tqdm
 
 from esl_fast.data import ImageDataset, Split
 from esl_fast.data.pairs import tokenize_all
+from esl_fast.evaluation.combined import mean_scores, reranked
 from esl_fast.evaluation.metrics import mean_metrics, recall_metrics
 from esl_fast.model import MatchingModel
-from esl_fast.ops import retrieval_ranks, similarity
+from esl_fast.model.scores import InnerProducts, Scores
+from esl_fast.model.sequences import Features, Sequences, concatenate, vectors_of
 
 CAPTIONS_PER_IMAGE = 5  # that evaluation takes into account, where a data set has more
 FOLDS, FOLD_IMAGES = 5, 1000
-# Bytes of similarity computed at a time when the matrix is written to disk.
-BLOCK_BYTES = 256 << 20
 
 
 @dataclass
-class Sides:
-    """Both sides of a split's similarity, ``image (N, U) . text (M, U)``, and who owns which caption."""
+class SplitScores:
+    """Similarity of a split's images and captions, and who owns which caption."""
 
-    image: Tensor
-    text: Tensor
+    scores: Scores
     owners: Tensor
 
-    def fold(self, start: int, stop: int) -> "Sides":
+    def fold(self, start: int, stop: int) -> "SplitScores":
         """The images ``start..stop`` and their captions; owners are non-decreasing."""
         first, last = torch.searchsorted(self.owners, torch.tensor([start, stop], device=self.owners.device)).tolist()
-        return Sides(self.image[start:stop], self.text[first:last], self.owners[first:last] - start)
+        return SplitScores(self.scores.part(slice(start, stop), slice(first, last)), self.owners[first:last] - start)
 
+    @torch.inference_mode()
     def metrics(self) -> dict[str, float]:
-        return recall_metrics(*retrieval_ranks(self.image, self.text, self.owners))
+        return recall_metrics(*self.scores.ranks(self.owners))
 
+    @torch.inference_mode()
     def save_similarity(self, path: Path) -> None:
         """The matrix ``(N, M)`` as float32 ``.npy``, block by block."""
-        n, m = self.image.shape[0], self.text.shape[0]
-        out = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(n, m))
-        block = max(1, BLOCK_BYTES // (4 * max(m, 1)))
-        for start in range(0, n, block):
-            out[start : start + block] = similarity(self.image[start : start + block], self.text).float().cpu().numpy()
+        out = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=self.scores.shape)
+        for images, captions, scores in self.scores.blocks():
+            out[images, captions] = scores.float().cpu().numpy()
         out.flush()
 
 
@@ -59,8 +58,21 @@ class Encoder:
         self._tokens: Tensor | None = None
 
     @torch.inference_mode()
-    def encode(self, model: MatchingModel, precision: str = "fp32", progress: bool = True) -> Sides:
-        """Sides of the split's similarity on the model's device; the model is left in evaluation mode."""
+    def encode(self, model: MatchingModel, precision: str = "fp32", progress: bool = True) -> SplitScores:
+        """The split's similarity on the model's device; the model is left in evaluation mode."""
+        return self.score(model, self.features(model, precision, progress))
+
+    @torch.inference_mode()
+    def score(self, model: MatchingModel, features: tuple[Features, Features]) -> SplitScores:
+        """The split's similarity from what :meth:`features` gave."""
+        owners = torch.from_numpy(self.split.owners).to(vectors_of(features[0]).device)
+        return SplitScores(model.head.scores(*features), owners)
+
+    @torch.inference_mode()
+    def features(
+        self, model: MatchingModel, precision: str = "fp32", progress: bool = True
+    ) -> tuple[Features, Features]:
+        """What the model's head takes of all images and captions, on the model's device."""
         model.eval()
         device = next(model.parameters()).device
         if self._images is None:
@@ -70,14 +82,13 @@ class Encoder:
         features = []
         for name, batches, encode in (
             ("images", (images for images, _ in loader), model.encode_image),
-            ("captions", (t.long() for t in self._tokens.split(self.batch_size)), model.encode_text),
+            ("captions", (model.trim(t.long()) for t in self._tokens.split(self.batch_size)), model.encode_text),
         ):
             total = -(-(len(self.split) if name == "images" else len(self._tokens)) // self.batch_size)
             bar = tqdm(batches, f"encoding {name}", total, leave=False, disable=None if progress else True)
             with autocast(device, precision):
-                features.append(torch.cat([encode(batch.to(device)).float() for batch in bar]))
-        image, text = model.head.sides(*features)
-        return Sides(image, text, torch.from_numpy(self.split.owners).to(device))
+                features.append(concatenate([encode(batch.to(device)).float() for batch in bar]))
+        return features[0], features[1]
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -97,6 +108,8 @@ def evaluate(
     workers: int = 0,
     precision: str = "fp32",
     save_similarity: Path | None = None,
+    rerank: int | None = None,
+    shortlist: Callable[[], MatchingModel] | None = None,
 ) -> dict:
     """Metrics of one model, or of the ensemble of several: their similarity matrices averaged.
 
@@ -105,33 +118,57 @@ def evaluate(
         split: what to evaluate on; the first five captions of each image count.
         five_folds: also average over folds of 1,000 images (COCO 1K).
         save_similarity: ``.npy`` file for the matrix ``(N, M)``.
+        rerank: two-stage retrieval with one region-word model: a global similarity finds so many candidates a query,
+            the model sorts them.
+        shortlist: loads the model of the first stage; without it, the cosine of the re-ranking model's mean vectors.
 
     Returns:
         ``{"images", "captions", "metrics": {...}}`` and, with folds, ``"five_folds": {...}``.
 
     Raises:
-        ValueError: non-finite features, naming the rows, or a split too small for folds.
+        ValueError: non-finite features, naming the rows, a split too small for folds, or models that cannot re-rank.
     """
+    if rerank is not None and (len(models) > 1 or save_similarity is not None):
+        raise ValueError("rerank takes one model and makes an order, no matrix to save")
     if five_folds and len(split) < FOLDS * FOLD_IMAGES:
         raise ValueError(f"{FOLDS} folds take {FOLDS * FOLD_IMAGES} images; split {split.name!r} has {len(split)}")
     encoders: dict[str, Encoder] = {}
+
+    def encoder_of(model: MatchingModel) -> Encoder:
+        # Models that read the same input share what was prepared for it.
+        key = json.dumps((model.config.clip, model.config.bert), sort_keys=True, default=str)
+        return encoders.setdefault(key, Encoder(split, batch_size, workers))
+
     parts = []
     for load in models:
         model = load()
-        # Models that read the same input share what was prepared for it.
-        key = json.dumps(model.config.clip, sort_keys=True, default=str)
-        encoder = encoders.setdefault(key, Encoder(split, batch_size, workers))
-        parts.append(encoder.encode(model, precision))
-    # The mean of inner products is the inner product of the concatenations.
-    sides = Sides(
-        torch.cat([part.image / len(parts) for part in parts], 1) if len(parts) > 1 else parts[0].image,
-        torch.cat([part.text for part in parts], 1) if len(parts) > 1 else parts[0].text,
-        parts[0].owners,
-    )
-    result = {"images": len(sides.image), "captions": len(sides.text), "metrics": sides.metrics()}
+        encoder = encoder_of(model)
+        features = encoder.features(model, precision)
+        parts.append(encoder.score(model, features))
+        if rerank is not None:
+            first = _shortlist(features, shortlist, encoder_of, precision)
+            parts[-1].scores = reranked(parts[-1].scores, first, rerank)
+    sides = SplitScores(mean_scores([part.scores for part in parts]), parts[0].owners)
+    images, captions = sides.scores.shape
+    result = {"images": images, "captions": captions, "metrics": sides.metrics()}
     if five_folds:
         starts = range(0, FOLDS * FOLD_IMAGES, FOLD_IMAGES)
         result["five_folds"] = mean_metrics([sides.fold(start, start + FOLD_IMAGES).metrics() for start in starts])
     if save_similarity is not None:
         sides.save_similarity(save_similarity)
     return result
+
+
+@torch.inference_mode()
+def _shortlist(
+    features: tuple[Features, Features],
+    load: Callable[[], MatchingModel] | None,
+    encoder_of: Callable[[MatchingModel], Encoder],
+    precision: str,
+) -> Scores:
+    """A model's similarity or, without one, the cosine of mean vectors."""
+    if load is not None:
+        model = load()
+        return encoder_of(model).encode(model, precision).scores
+    means = (side.mean() if isinstance(side, Sequences) else side for side in features)
+    return InnerProducts(*(torch.nn.functional.normalize(mean, dim=-1) for mean in means))

@@ -96,7 +96,7 @@ def load_checkpoint(path: str | Path) -> MatchingModel:
 
     Args:
         path: a folder written by training or :func:`save_checkpoint` (or the weights file in it), or an official
-            global checkpoint (``.pth``).
+            checkpoint (``.pth``), global or region-word.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -129,12 +129,22 @@ def _load_own(folder: Path) -> MatchingModel:
 
 def _load_official(path: Path) -> MatchingModel:
     contents = read_pth(path)
-    if not isinstance(contents, dict) or not isinstance(contents.get("state_dict"), dict):
-        raise CheckpointError(f"{path} is not an official global ESL checkpoint: it has no `state_dict`")
     try:
-        return model_from_official(contents["state_dict"])
+        if isinstance(contents, dict) and isinstance(contents.get("state_dict"), dict):
+            return model_from_official(contents["state_dict"])
+        if isinstance(contents, dict) and official.are_region_word_parts(contents.get("model")):
+            return region_word_model_from_official(*contents["model"])
+    except ImportError as error:
+        raise CheckpointError(
+            f"cannot build the text tower of {path}: {error}. "
+            "Its head alone is `RegionWordHead.from_official(esl_fast.model.checkpoint.read_pth(path))`"
+        ) from error
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"cannot read official checkpoint {path}: {error}") from error
+    raise CheckpointError(
+        f"{path} is not an official ESL checkpoint: it has no `state_dict` (global) "
+        "and no `model` of three state dicts (region-word)"
+    )
 
 
 def read_pth(path: str | Path) -> Any:
@@ -185,5 +195,33 @@ def model_from_official(state_dict: dict[str, Tensor]) -> MatchingModel:
     visual = {k.removeprefix("visual."): v for k, v in clip.items() if k.startswith("visual.")}
     model.image_tower.load_state_dict(visual)
     model.text_tower.load_state_dict({k: v for k, v in clip.items() if not k.startswith("visual.")})
+    model.head.load_state_dict(head_weights)
+    return model
+
+
+def region_word_model_from_official(
+    image: dict[str, Tensor], text: dict[str, Tensor], similarity: dict[str, Tensor]
+) -> MatchingModel:
+    """Model from official region-word weights: projected regions, BERT and head.
+
+    Raises ImportError if the package that holds BERT is not installed.
+    """
+    head, head_weights = official.read_head(similarity, official.REGION_WORD)
+    image_weights = official.read_regions(image)
+    bert, text_weights = official.read_bert(text)
+    model = MatchingModel(
+        ModelConfig(
+            similarity=f"region-word-{head['aggregator']}",
+            kernel_size=head["kernel_size"],
+            num_levels=head["num_levels"],
+            image_tower="regions",
+            text_tower="bert",
+            bert={"config": bert, "vocabulary": None},
+            feature_dim=image_weights["linear.weight"].shape[1],
+            embed_dim=head["embed_dim"],
+        )
+    )
+    model.image_tower.load_state_dict(image_weights)
+    model.text_tower.load_state_dict(text_weights)
     model.head.load_state_dict(head_weights)
     return model

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from esl_fast import ops
 from esl_fast.model import official
 from esl_fast.model.parts import Contribution, check_levels, make_aggregator
+from esl_fast.model.region_word import RegionWordHead
+from esl_fast.model.scores import InnerProducts
 
 
 class Head(nn.Module):
@@ -18,6 +20,7 @@ class Head(nn.Module):
     """
 
     embed_dim: int
+    takes_sequences = False
 
     def image_units(self, x: Tensor) -> Tensor:
         """Units ``(N, U)`` of image features ``(N, d)``."""
@@ -48,13 +51,17 @@ class Head(nn.Module):
         Raises TypeError or ValueError for integer tensors, wrong sizes, different devices and (on a CPU)
         non-finite features.
         """
+        return self.scores(image_features, text_features).matrix()
+
+    def scores(self, image_features: Tensor, text_features: Tensor) -> InnerProducts:
+        """The similarity of features, for whatever consumes it; see :meth:`forward`."""
         for name, features in (("image_features", image_features), ("text_features", text_features)):
             ops.checks.matrix(name, features, self.embed_dim)
             ops.checks.finite(name, features)
         ops.checks.same_device(
             image_features=image_features, text_features=text_features, **dict(list(self.named_parameters())[:1])
         )
-        return ops.similarity(*self.sides(image_features, text_features))
+        return InnerProducts(*self.sides(image_features, text_features))
 
 
 class ESLHead(Head):
@@ -203,12 +210,15 @@ def similarity(
 
 
 SIMILARITIES = ("esl-heuristic", "esl-adaptive", "cosine")
+REGION_WORD_SIMILARITIES = ("region-word-heuristic", "region-word-adaptive")
 
 
-def make_head(similarity: str, embed_dim: int, kernel_size: int = 2, num_levels: int = 8) -> Head:
+def make_head(similarity: str, embed_dim: int, kernel_size: int = 2, num_levels: int = 8) -> Head | RegionWordHead:
     """Head by the name that the training script uses."""
-    if similarity not in SIMILARITIES:
-        raise ValueError(f"similarity is {similarity!r}; accepted: {', '.join(map(repr, SIMILARITIES))}")
+    known = SIMILARITIES + REGION_WORD_SIMILARITIES
+    if similarity not in known:
+        raise ValueError(f"similarity is {similarity!r}; accepted: {', '.join(map(repr, known))}")
     if similarity == "cosine":
         return CosineHead(embed_dim)
-    return ESLHead(embed_dim, kernel_size, num_levels, aggregator=similarity.removeprefix("esl-"))
+    variant, _, aggregator = similarity.rpartition("-")
+    return {"esl": ESLHead, "region-word": RegionWordHead}[variant](embed_dim, kernel_size, num_levels, aggregator)

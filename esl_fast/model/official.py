@@ -3,20 +3,40 @@
 import math
 from collections.abc import Mapping
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-PREFIX = "pool_frames."
-LEVELS = "cross_attn.plus_encoder.encoders_1."
-SIMS = "cross_attn.sims.calculator_1."
 SHORT = {"image": "img", "text": "txt"}
 SCALARS = ("temp_scale", "temp_scale_1", "temp_scale_2")
 
 
-def level_key(side: str, aggregator: str, level: int) -> str:
-    name = f"kernel_{SHORT[side]}_{level}" if aggregator == "heuristic" else f"masks_{level}"
-    return f"{LEVELS}{side}_levels.{name}.weight"
+class Layout(NamedTuple):
+    """Where one variant keeps its head's weights, and under which names ours keeps D_k."""
+
+    prefix: str  # that a file may have or lack
+    levels: str
+    sims: str
+    matrices: dict[str, str]  # own name -> official name, both with the level's number for `{}`
+
+    def level_key(self, side: str, aggregator: str, level: int) -> str:
+        name = f"kernel_{SHORT[side]}_{level}" if aggregator == "heuristic" else f"masks_{level}"
+        return f"{self.levels}{side}_levels.{name}.weight"
+
+
+GLOBAL = Layout(
+    "pool_frames.",
+    "cross_attn.plus_encoder.encoders_1.",
+    "cross_attn.sims.calculator_1.",
+    {"matrices.{}": "masks_{}.weight"},
+)
+REGION_WORD = Layout(
+    "",
+    "plus_encoder.encoders_1.",
+    "sims.calculator_1.",
+    {"tables.{}": "masks_{}.weight", "weights.{}": "lynorm_{}.weight", "biases.{}": "lynorm_{}.bias"},
+)
 
 
 def _infer_kernel_size(dims: list[int]) -> int:
@@ -27,36 +47,45 @@ def _infer_kernel_size(dims: list[int]) -> int:
     raise ValueError(f"levels of {dims} units follow no kernel size")
 
 
-def read_head(state_dict: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
-    """Arguments of an ``ESLHead`` and its own state dict, from official weights.
+def similarity_part(contents: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """The head's weights in a region-word checkpoint's three state dicts; anything else is taken as the weights."""
+    parts = contents.get("model")
+    return parts[-1] if are_region_word_parts(parts) else contents
+
+
+def read_head(state_dict: Mapping[str, Tensor], layout: Layout = GLOBAL) -> tuple[dict, dict[str, Tensor]]:
+    """Arguments of a head and its own state dict, from official weights.
 
     Raises ValueError naming the missing or misshapen tensor.
     """
-    tensors = {key.removeprefix("module.").removeprefix(PREFIX): value for key, value in state_dict.items()}
+    tensors = {key.removeprefix("module.").removeprefix(layout.prefix): value for key, value in state_dict.items()}
+    sims, level_key = layout.sims, layout.level_key
 
     def take(key: str, shape: tuple[int, ...]) -> Tensor:
         if key not in tensors:
-            raise ValueError(f"no tensor {key!r} (with or without {PREFIX!r}) among {len(tensors)}: not an ESL head")
+            optional = f" (with or without {layout.prefix!r})" if layout.prefix else ""
+            raise ValueError(f"no tensor {key!r}{optional} among {len(tensors)}: not an ESL head of this variant")
         if tuple(tensors[key].shape) != shape:
             raise ValueError(f"tensor {key!r} has shape {tuple(tensors[key].shape)}; expected {shape}")
         return tensors[key]
 
     matrix_count = 0
-    while f"{SIMS}masks_{matrix_count}.weight" in tensors:
+    while f"{sims}masks_{matrix_count}.weight" in tensors:
         matrix_count += 1
     if not matrix_count:
-        take(f"{SIMS}masks_0.weight", ())
-    dims = [tensors[f"{SIMS}masks_{k}.weight"].shape[0] for k in range(matrix_count)]
+        take(f"{sims}masks_0.weight", ())
+    dims = [tensors[f"{sims}masks_{k}.weight"].shape[0] for k in range(matrix_count)]
     levels = matrix_count - 1
     if not levels:
         raise ValueError("these ESL weights have no aggregated level: the aggregator cannot be told from the shapes")
     aggregator = "adaptive" if level_key("image", "adaptive", 1) in tensors else "heuristic"
 
-    weights = {"contribution.w": take(f"{SIMS}sim_eval.weight", (1, levels + 1)).reshape(-1)}
+    weights = {"contribution.w": take(f"{sims}sim_eval.weight", (1, levels + 1)).reshape(-1)}
     for name in SCALARS:
-        weights[f"contribution.{name}"] = take(f"{SIMS}{name}.weight", (1, 1)).reshape(())
-    for k, d in enumerate(dims):
-        weights[f"contribution.matrices.{k}"] = take(f"{SIMS}masks_{k}.weight", (d, d))
+        weights[f"contribution.{name}"] = take(f"{sims}{name}.weight", (1, 1)).reshape(())
+    for own, name in layout.matrices.items():
+        for k, d in enumerate(dims):
+            weights[f"contribution.{own.format(k)}"] = take(sims + name.format(k), (d, d))
     if aggregator == "heuristic":
         first = level_key("image", aggregator, 1)
         kernel_size = tensors[first].shape[-1] if first in tensors else 2
@@ -74,22 +103,84 @@ def read_head(state_dict: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]
     return config, weights
 
 
-def write_head(weights: Mapping[str, Tensor], aggregator: str) -> dict[str, Tensor]:
-    """The official names and shapes for an ``ESLHead``'s state dict."""
-    out = {f"{PREFIX}{SIMS}sim_eval.weight": weights["contribution.w"].reshape(1, -1)}
+def write_head(weights: Mapping[str, Tensor], aggregator: str, layout: Layout = GLOBAL) -> dict[str, Tensor]:
+    """The official names and shapes for a head's state dict."""
+    out = {f"{layout.sims}sim_eval.weight": weights["contribution.w"].reshape(1, -1)}
     for name in SCALARS:
-        out[f"{PREFIX}{SIMS}{name}.weight"] = weights[f"contribution.{name}"].reshape(1, 1)
+        out[f"{layout.sims}{name}.weight"] = weights[f"contribution.{name}"].reshape(1, 1)
     levels = weights["contribution.w"].numel() - 1
-    for k in range(levels + 1):
-        out[f"{PREFIX}{SIMS}masks_{k}.weight"] = weights[f"contribution.matrices.{k}"]
+    for own, name in layout.matrices.items():
+        for k in range(levels + 1):
+            out[layout.sims + name.format(k)] = weights[f"contribution.{own.format(k)}"]
     for side in SHORT:
         for level in range(1, levels + 1):
-            key = PREFIX + level_key(side, aggregator, level)
+            key = layout.level_key(side, aggregator, level)
             if aggregator == "adaptive":
                 out[key] = weights[f"{side}.weights.{level - 1}"]
             else:
                 out[key] = weights[f"{side}.weight"][level - 1].unsqueeze(1)
-    return {key: value.clone() for key, value in out.items()}
+    return {layout.prefix + key: value.clone() for key, value in out.items()}
+
+
+def are_region_word_parts(parts: Any) -> bool:
+    """Whether this is image encoder, text encoder and similarity of a region-word checkpoint."""
+    return isinstance(parts, list | tuple) and len(parts) == 3 and all(isinstance(part, Mapping) for part in parts)
+
+
+# Own name of each part of the projection -> the names that official encoders give it.
+REGIONS = {
+    "linear": ("fc",),
+    "inner": ("mlp.layers.0", "mlp.fcs.0"),
+    "norm": ("mlp.bns.0",),
+    "outer": ("mlp.layers.1", "mlp.fcs.1"),
+}
+
+
+def read_regions(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of ``ProjectedRegions`` from an official image encoder; what it holds beside is not used there either.
+
+    Raises ValueError naming what is missing.
+    """
+    tensors = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    weights = {}
+    for own, names in REGIONS.items():
+        found = next((name for name in names if f"{name}.weight" in tensors), None)
+        if found is None:
+            raise ValueError(f"no tensor '{names[0]}.weight' in the image encoder: not a projection of regions")
+        parameters = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+        for parameter in parameters[: 5 if own == "norm" else 2]:
+            weights[f"{own}.{parameter}"] = tensors[f"{found}.{parameter}"]
+    return weights
+
+
+def read_bert(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, int], dict[str, Tensor]]:
+    """Sizes of a BERT and weights of ``BertTokens`` from an official text encoder (heads = width / 64).
+
+    Raises ValueError naming what is missing.
+    """
+    tensors = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    # The pooler serves another task, position_ids are a constant.
+    unused = ("bert.pooler.", "bert.embeddings.position_ids")
+    weights = {
+        key: value
+        for key, value in tensors.items()
+        if key.startswith(("bert.", "linear.")) and not key.startswith(unused)
+    }
+    try:
+        width = tensors["linear.weight"].shape[1]
+        words = tensors["bert.embeddings.word_embeddings.weight"]
+        sizes = {
+            "vocab_size": words.shape[0],
+            "hidden_size": width,
+            "num_hidden_layers": len({key.split(".")[3] for key in weights if key.startswith("bert.encoder.layer.")}),
+            "num_attention_heads": max(1, width // 64),
+            "intermediate_size": tensors["bert.encoder.layer.0.intermediate.dense.weight"].shape[0],
+            "max_position_embeddings": tensors["bert.embeddings.position_embeddings.weight"].shape[0],
+            "type_vocab_size": tensors["bert.embeddings.token_type_embeddings.weight"].shape[0],
+        }
+    except KeyError as error:
+        raise ValueError(f"no tensor {error.args[0]!r} in the text encoder: not BERT with a linear map") from error
+    return sizes, weights
 
 
 CLIP_PREFIX = "clip."

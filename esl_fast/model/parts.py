@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from esl_fast import ops
 from esl_fast.reference.aggregate import level_dims
+from esl_fast.reference.contribution import normed_matrix
 
 AGGREGATORS = ("heuristic", "adaptive")
 # What the next level reads on each side (see ops.aggregate).
@@ -108,3 +109,31 @@ class Contribution(nn.Module):
         """
         norms = torch.stack([torch.linalg.matrix_norm(m.double(), 2) for m in self.matrices])
         return self.scales().double().abs() * norms * (1 + 1e-5)
+
+
+class NormedContribution(nn.Module):
+    """Degrees of the region-word variant: D_k is a table normalised over both axes, with an affine of its shape."""
+
+    def __init__(self, dims: Sequence[int], *, sharp: bool) -> None:
+        super().__init__()
+        self.sharp = sharp
+        self.w = nn.Parameter(torch.full((len(dims),), 0.1))
+        self.temp_scale_1 = nn.Parameter(torch.tensor(0.0))
+        self.temp_scale_2 = nn.Parameter(torch.tensor(3.0))
+        # The logarithm of both attentions' inverse temperature.
+        self.temp_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.tables = nn.ParameterList(torch.randn(d, d) for d in dims)
+        self.weights = nn.ParameterList(torch.ones(d, d) for d in dims)
+        self.biases = nn.ParameterList(torch.zeros(d, d) for d in dims)
+
+    def degrees(self) -> Tensor:
+        """``(L+1,)`` contribution degree of each level."""
+        return ops.degrees(self.w, self.temp_scale_1, self.temp_scale_2, sigmoid_gate=False, sharp=self.sharp)
+
+    def matrices(self) -> list[Tensor]:
+        """D_k of each level."""
+        return [normed_matrix(*level) for level in zip(self.tables, self.weights, self.biases, strict=True)]
+
+    def fold(self, units: Tensor, side: str) -> Tensor:
+        """Fold ``units``; ``side="image"`` is what stands on the left of D."""
+        return ops.fold(units, self.matrices(), self.degrees(), side=side)

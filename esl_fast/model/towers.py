@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import open_clip
 import torch
@@ -19,6 +19,14 @@ CLIP_VOCABULARY, CLIP_CONTEXT = 49408, 77
 # Start and end of text, the last two entries of CLIP's vocabulary; 0 pads.
 CLIP_SPECIAL = CLIP_VOCABULARY - 2
 BAG_INIT_STD = 0.02
+
+
+class SpecialTokens(NamedTuple):
+    """Ids that enclose a caption's words, and the one that hides a word; 0 pads."""
+
+    start: int
+    end: int
+    mask: int
 
 
 def pick_device(name: str) -> torch.device:

@@ -7,7 +7,7 @@ import torch
 
 from esl_fast.data import LOADERS, DataSet, load_dataset
 from esl_fast.data.pairs import tokenize_all
-from esl_fast.model import MatchingModel, ModelConfig, towers
+from esl_fast.model import MatchingModel, ModelConfig, sequence_towers, towers
 from esl_fast.training.config import TrainConfig
 
 
@@ -34,11 +34,16 @@ def build_data(config: TrainConfig) -> DataSet:
 
 def build_model(config: TrainConfig, data: DataSet) -> MatchingModel:
     """A model for the data, initialised as the configuration says."""
-    image_tower = "features" if data.image_kind == "features" else "open_clip"
-    clip, bag_size, vocabulary = None, None, None
+    image_tower = "open_clip" if data.image_kind == "pixels" else data.image_kind
+    clip, bert, bert_weights, bag_size, vocabulary = None, None, None, None, None
     if "open_clip" in (image_tower, config.text_tower):
         clip = towers.open_clip_config(config.model, config.pretrained)
-    if config.text_tower == "bag":
+    if config.text_tower == "bert":
+        if config.bert is None:
+            raise ValueError("text_tower is 'bert': say with --bert in which folder it lies, or choose another tower")
+        bert, has_weights = sequence_towers.read_bert(config.bert)
+        bert_weights = config.bert if has_weights else None
+    if config.text_tower in ("bag", "words"):
         tokens = tokenize_all(data.train.captions, towers.make_tokenizer(clip))
         vocabulary = towers.BagOfTokens.vocabulary_of(tokens)
         bag_size = len(vocabulary) + 2
@@ -50,12 +55,14 @@ def build_model(config: TrainConfig, data: DataSet) -> MatchingModel:
             image_tower=image_tower,
             text_tower=config.text_tower,
             clip=clip,
+            bert=bert,
             feature_dim=data.feature_dim,
             bag_size=bag_size,
             embed_dim=config.embed_dim,
         ),
         name=config.model,
         pretrained=config.pretrained,
+        bert_weights=bert_weights,
     )
     if vocabulary is not None:
         model.text_tower.know(vocabulary)

@@ -5,14 +5,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import yaml
 
-from esl_fast.model.heads import SIMILARITIES
+from esl_fast.model.heads import REGION_WORD_SIMILARITIES, SIMILARITIES
 from esl_fast.scripts import with_underscores
 
 RECIPES = Path(__file__).with_name("recipes")
-# Data sets without a recipe of their own follow the official one.
+# Data sets without a recipe of their own follow the official one of their similarity.
 RECIPE_OF = {"synthetic": "synthetic", "features": "features"}
+# Images in a region set from which on the official recipe is its default.
+LARGE = 10_000
 CONFIG_FILE = "train.yaml"
 
 
@@ -22,18 +25,23 @@ class TrainConfig:
 
     Args:
         dataset: synthetic (drawn on the spot, needs no files), flickr30k, coco, karpathy (any Karpathy file with an
-            image folder) or features (a Karpathy file with precomputed image features).
+            image folder), features (a Karpathy file with precomputed image features) or regions (precomputed region
+            features).
+        recipe: Defaults of all other options: auto (by data set and similarity), official, features, synthetic,
+            region-word (the paper's, with BERT), region-word-clip or regions (fast, for small data).
         data_root: Folder of the data set.
         image_root: Folder of the images, where it is not the usual one under data_root.
         annotations: Annotation file, where it is not the usual one under data_root.
         features: .npy file of precomputed image features, where data_root holds more than one.
         on_error: What an unreadable image or record does: raise names it and stops, skip leaves it out and counts.
-        similarity: esl-heuristic, esl-adaptive or cosine (the baseline).
+        similarity: esl-heuristic, esl-adaptive, cosine (the baseline), region-word-heuristic or region-word-adaptive.
         kernel_size: ESL: a level has 1/kernel_size of its predecessor's units.
         num_levels: ESL: levels beyond the embedding itself.
         model: open_clip architecture, a .json configuration file, or esl-tiny (small, trains on a CPU).
         pretrained: open_clip tag or a local weights file; none starts from random weights.
-        text_tower: open_clip (the model's text transformer) or bag (mean of token embeddings, for small data).
+        text_tower: open_clip (the model's text transformer), bert, or for small data bag (mean of token embeddings) or
+            words (a vector for each token).
+        bert: Local folder of a BERT (config.json, vocab.txt and, unless it is to start from random weights, weights).
         embed_dim: Width of the features where no open_clip tower sets it.
         freeze_image: Do not train the image tower.
         freeze_text: Do not train the text tower.
@@ -44,14 +52,21 @@ class TrainConfig:
         accum_freq: Encode each batch in so many parts to save memory; the loss still sees the whole batch.
         lr: Peak learning rate of the towers.
         head_lr: Peak learning rate of the similarity head.
+        bert_lr: Peak learning rate of a BERT.
         wd: Decoupled weight decay, on all parameters.
         beta1: AdamW.
         beta2: AdamW.
         eps: AdamW.
-        warmup: Share of all steps over which the learning rate rises linearly; it then falls to 0 on half a cosine.
+        warmup: Share of all steps over which the learning rate rises linearly.
+        schedule: What it does then: cosine falls to 0 on half a cosine, step falls to a tenth once.
+        decay_epoch: Epochs before the fall of the step schedule.
         grad_clip: Largest gradient norm; 0 does not clip.
-        same_image: Other captions of a pair's own image in the batch count as negative, positive, or ignore leaves
-            them out.
+        loss: infonce, hinge (ranking with a margin), or auto: hinge for region-word similarities, infonce for others.
+        margin: Hinge: how far a negative must stay behind.
+        hinge_epochs: Hinge: first epochs, in which all negatives count; then only the hardest.
+        size_augmentation: Probability with which each region is dropped and each word masked, replaced or deleted.
+        same_image: Other captions of a pair's own image in the batch count as negative, positive (hinge: as ignore),
+            or ignore leaves them out.
         precision: fp32, bf16 or fp16 (mixed precision in the towers).
         evals_per_epoch: Evaluations on the validation split in an epoch.
         patience: Stop after so many evaluations without a better rsum; 0 never stops early.
@@ -67,18 +82,20 @@ class TrainConfig:
         log_every: Steps between two lines of metrics.jsonl.
     """
 
-    dataset: Literal["synthetic", "flickr30k", "coco", "karpathy", "features"] = "synthetic"
+    dataset: Literal["synthetic", "flickr30k", "coco", "karpathy", "features", "regions"] = "synthetic"
+    recipe: str = "auto"
     data_root: str | None = None
     image_root: str | None = None
     annotations: str | None = None
     features: str | None = None
     on_error: Literal["raise", "skip"] = "raise"
-    similarity: Literal[SIMILARITIES] = "esl-heuristic"
+    similarity: Literal[SIMILARITIES + REGION_WORD_SIMILARITIES] = "esl-heuristic"
     kernel_size: int = 2
     num_levels: int = 8
     model: str = "ViT-B-16"
     pretrained: str | None = None
-    text_tower: Literal["open_clip", "bag"] = "open_clip"
+    text_tower: Literal["open_clip", "bert", "bag", "words"] = "open_clip"
+    bert: str | None = None
     embed_dim: int = 512
     freeze_image: bool = False
     freeze_text: bool = False
@@ -89,12 +106,19 @@ class TrainConfig:
     accum_freq: int = 1
     lr: float = 1e-6
     head_lr: float = 3e-5
+    bert_lr: float = 5e-5
     wd: float = 0.2
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-6
     warmup: float = 0.1
+    schedule: Literal["cosine", "step"] = "cosine"
+    decay_epoch: int = 15
     grad_clip: float = 1.0
+    loss: Literal["auto", "infonce", "hinge"] = "auto"
+    margin: float = 0.2
+    hinge_epochs: int = 1
+    size_augmentation: float = 0.0
     same_image: Literal["negative", "positive", "ignore"] = "negative"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     evals_per_epoch: int = 4
@@ -112,16 +136,21 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.pretrained in ("", "none", "None"):
             self.pretrained = None
+        if self.loss == "auto":
+            self.loss = "hinge" if self.similarity in REGION_WORD_SIMILARITIES else "infonce"
         least = {
             "epochs": 1, "batch_size": 2, "accum_freq": 1, "evals_per_epoch": 1, "patience": 0, "workers": 0,
             "eval_batch_size": 1, "log_every": 1, "lr": 0, "head_lr": 0, "wd": 0, "grad_clip": 0, "warmup": 0,
             "freeze_image_layers": 0, "freeze_text_layers": 0, "embed_dim": 1,
+            "bert_lr": 0, "decay_epoch": 1, "margin": 0, "hinge_epochs": 0, "size_augmentation": 0,
         }  # fmt: skip
         for name, bound in least.items():
             if not getattr(self, name) >= bound:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least {bound}")
         if self.warmup > 1:
             raise ValueError(f"warmup is {self.warmup}; expected a share of all steps, 0 to 1")
+        if not self.size_augmentation < 1:
+            raise ValueError(f"size_augmentation is {self.size_augmentation}; expected a probability below 1")
         if self.accum_freq > self.batch_size:
             raise ValueError(f"accum_freq is {self.accum_freq}; a batch of {self.batch_size} has no so many parts")
 
@@ -136,9 +165,36 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text()) or {}
 
 
-def recipe(dataset: str) -> dict[str, Any]:
-    """Default options for a data set: the official recipe, or one that is fast on small data."""
-    return load_yaml(RECIPES / f"{RECIPE_OF.get(dataset, 'official')}.yaml")
+def recipe_name(dataset: str, similarity: str = "esl-heuristic", data_root: str | None = None) -> str:
+    """Which recipe ``auto`` is: the official one, or one that is fast on small data."""
+    if dataset == "regions":
+        return "region-word" if _images_in(data_root) >= LARGE else "regions"
+    official = "region-word-clip" if similarity in REGION_WORD_SIMILARITIES else "official"
+    return RECIPE_OF.get(dataset, official)
+
+
+def recipe(dataset: str, similarity: str = "esl-heuristic", data_root: str | None = None) -> dict[str, Any]:
+    """Default options for a data set."""
+    return load_yaml(RECIPES / f"{recipe_name(dataset, similarity, data_root)}.yaml")
+
+
+def _images_in(data_root: str | None) -> int:
+    """Images to train on in a folder of regions; 0 where there is none to count, which loading complains about."""
+    try:
+        return len(np.load(Path(data_root or "") / "train_ims.npy", mmap_mode="r"))
+    except (OSError, ValueError, EOFError):
+        return 0
+
+
+def _defaults(asked: Any) -> dict[str, Any]:
+    name = asked.recipe
+    if name == "auto":
+        name = recipe_name(asked.dataset, asked.similarity, asked.data_root)
+    path = RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+        raise ValueError(f"recipe is {name!r}; accepted: auto, {known}")
+    return load_yaml(path) | {"recipe": name}
 
 
 def parse(argv: Sequence[str]) -> TrainConfig:
@@ -158,10 +214,10 @@ def parse(argv: Sequence[str]) -> TrainConfig:
         parser.add_class_arguments(TrainConfig, as_group=False)
         return parser
 
-    # A first look, only to learn which defaults hold: those of the run to resume or of the data set.
-    first = parser()
-    asked = first.parse_args([arg for arg in argv if arg not in ("-h", "--help") and not arg.startswith("--print_config")])
-    defaults = load_yaml(find_run(asked.resume, asked.logs) / CONFIG_FILE) if asked.resume else recipe(asked.dataset)
+    # A first look, only to learn which defaults hold: those of the run to resume or of the recipe.
+    looking = [arg for arg in argv if arg not in ("-h", "--help") and not arg.startswith("--print_config")]
+    asked = parser().parse_args(looking)
+    defaults = load_yaml(find_run(asked.resume, asked.logs) / CONFIG_FILE) if asked.resume else _defaults(asked)
     final = parser()
     final.set_defaults(defaults)
     options = final.parse_args(argv).as_dict()

@@ -9,14 +9,15 @@ from esl_fast.training.config import TrainConfig
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with one learning rate for the towers (and the temperature), one for the head."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in trained if not name.startswith("head.")], "peak_lr": config.lr},
-        {"params": [p for name, p in trained if name.startswith("head.")], "peak_lr": config.head_lr},
-    ]
+    """AdamW with one learning rate for the towers (and the temperature), one for the head, one for a BERT."""
+    rates = {"": config.lr, "head.": config.head_lr, "text_tower.bert.": config.bert_lr}
+    groups = {prefix: {"params": [], "peak_lr": rate} for prefix, rate in rates.items()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            prefix = max((prefix for prefix in rates if name.startswith(prefix)), key=len)
+            groups[prefix]["params"].append(parameter)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [group for group in groups.values() if group["params"]],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
@@ -25,11 +26,16 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     )
 
 
-def lr_factor(step: int, total: int, warmup: float) -> float:
-    """Share of the peak learning rate at ``step`` of ``total``: a linear rise, then half a cosine to 0."""
+def lr_factor(step: int, total: int, warmup: float, decay_step: int | None = None) -> float:
+    """Share of the peak learning rate at ``step`` of ``total``.
+
+    A linear rise, then half a cosine to 0 or, with ``decay_step``, the peak until there and a tenth of it from there.
+    """
     rise = round(warmup * total)
     if step < rise:
         return (step + 1) / rise
+    if decay_step is not None:
+        return 1.0 if step < decay_step else 0.1
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
 
 

@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from esl_fast.data import DataSet, EpochSampler, PairDataset
+from esl_fast.data import DataSet, EpochSampler, PairDataset, SizeAugmentation
 from esl_fast.evaluation import Encoder, evaluate
 from esl_fast.evaluation.protocol import autocast
 from esl_fast.model import MatchingModel, load_checkpoint
 from esl_fast.model.checkpoint import CheckpointError, existing, replacing, write_model
+from esl_fast.model.sequences import Features, concatenate, vectors_of, with_vectors
 from esl_fast.ops import contrastive_loss
 from esl_fast.training.config import TrainConfig
 from esl_fast.training.optim import lr_factor, make_optimizer, set_lr
@@ -41,8 +42,9 @@ class Interrupted(Exception):
 class Trainer:
     """Trains ``model`` on a data set, in the folder ``run``; ``resume`` continues from its last checkpoint.
 
-    One step is one optimizer update on ``batch_size`` pairs. The order of pairs is a function of seed and epoch, the
-    learning rate one of the step, so that a resumed run takes exactly the steps that an uninterrupted one takes.
+    One step is one optimizer update on ``batch_size`` pairs. The order of pairs and their augmentation are functions of
+    seed and epoch, the learning rate one of the step, so that a resumed run takes exactly the steps that an
+    uninterrupted one takes.
     """
 
     def __init__(
@@ -54,6 +56,10 @@ class Trainer:
         self.optimizer = make_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.pairs = PairDataset(data.train, model.image_transform, model.tokenize)
+        if config.size_augmentation:
+            self.pairs.augment = SizeAugmentation(
+                self.pairs.tokens, model.special_tokens, config.seed, config.size_augmentation
+            )
         self.steps_per_epoch = len(self.pairs) // config.batch_size
         if not self.steps_per_epoch:
             raise ValueError(f"batch_size is {config.batch_size}, but the training split has {len(self.pairs)} pairs")
@@ -104,6 +110,8 @@ class Trainer:
 
     def _train_epoch(self, epoch: int) -> None:
         done = self.step - epoch * self.steps_per_epoch
+        if self.pairs.augment is not None:
+            self.pairs.augment.epoch = epoch
         sampler = EpochSampler(len(self.pairs), self.config.seed, epoch, start=done * self.config.batch_size)
         loader = DataLoader(
             self.pairs,
@@ -151,7 +159,9 @@ class Trainer:
 
     def _train_step(self, batch: dict[str, Tensor]) -> Tensor:
         """One optimizer update; returns the loss without waiting for it."""
-        set_lr(self.optimizer, lr_factor(self.step, self.total_steps, self.config.warmup))
+        decay = self.config.decay_epoch * self.steps_per_epoch if self.config.schedule == "step" else None
+        set_lr(self.optimizer, lr_factor(self.step, self.total_steps, self.config.warmup, decay))
+        batch["tokens"] = self.model.trim(batch["tokens"])
         batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._backward(batch)
@@ -172,31 +182,55 @@ class Trainer:
         """
         parts = self.config.accum_freq
         if parts == 1:
-            loss = self._loss(*self._encode(batch["image"], batch["tokens"]), batch["image_index"])
+            loss = self._loss(*self._encode(batch), batch["image_index"])
             self.scaler.scale(loss).backward()
             return loss.detach()
-        chunks = list(zip(batch["image"].chunk(parts), batch["tokens"].chunk(parts), strict=True))
+        chunks = [
+            dict(zip(batch, values, strict=True))
+            for values in zip(*(value.chunk(parts) for value in batch.values()), strict=True)
+        ]
         with torch.no_grad():
-            encoded = [self._encode(*chunk) for chunk in chunks]
-        features = [torch.cat(side).requires_grad_() for side in zip(*encoded, strict=True)]
-        loss = self._loss(*features, batch["image_index"])
+            generators, encoded = zip(*((self._generators(), self._encode(chunk)) for chunk in chunks), strict=True)
+        features = [concatenate(side) for side in zip(*encoded, strict=True)]
+        leaves = [vectors_of(side).requires_grad_() for side in features]
+        loss = self._loss(*map(with_vectors, features, leaves), batch["image_index"])
         self.scaler.scale(loss).backward()
-        gradients = zip(*(side.grad.split([len(c[0]) for c in chunks]) for side in features), strict=True)
-        for chunk, gradient in zip(chunks, gradients, strict=True):
-            sides = zip(self._encode(*chunk), gradient, strict=True)
-            trained = [(side, grad) for side, grad in sides if side.requires_grad]
+        gradients = zip(*(leaf.grad.split([len(c["tokens"]) for c in chunks]) for leaf in leaves), strict=True)
+        for chunk, generator, both in zip(chunks, generators, gradients, strict=True):
+            # Dropout must fall as it did when the features were computed.
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                self._set_generators(generator)
+                sides = [vectors_of(side) for side in self._encode(chunk)]
+            # A part's captions may be shorter than the longest of the batch.
+            pairs = [(side, grad[:, : side.shape[1]]) for side, grad in zip(sides, both, strict=True)]
+            trained = [(side, grad) for side, grad in pairs if side.requires_grad]
             if trained:
                 torch.autograd.backward(*zip(*trained, strict=True))
         return loss.detach()
 
-    def _encode(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def _generators(self) -> list[Tensor]:
+        cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
+        return [torch.get_rng_state(), *cuda]
+
+    def _set_generators(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(states[1], self.device)
+
+    def _encode(self, batch: dict[str, Tensor]) -> tuple[Features, Features]:
         with autocast(self.device, self.config.precision):
-            image_features, text_features = self.model.encode_image(images), self.model.encode_text(tokens)
+            image_features = self.model.encode_image(batch["image"], batch.get("image_lengths"))
+            text_features = self.model.encode_text(batch["tokens"])
         return image_features.float(), text_features.float()
 
-    def _loss(self, image_features: Tensor, text_features: Tensor, image_index: Tensor) -> Tensor:
+    def _loss(self, image_features: Features, text_features: Features, image_index: Tensor) -> Tensor:
+        scores = self.model.head.scores(image_features, text_features)
+        if self.config.loss == "hinge":
+            ids = None if self.config.same_image == "negative" else image_index
+            hardest = self.step >= self.config.hinge_epochs * self.steps_per_epoch
+            return scores.hinge_loss(ids, margin=self.config.margin, hardest=hardest)
         return contrastive_loss(
-            *self.model.head.sides(image_features, text_features),
+            *scores.factors(),
             self.model.logit_scale.exp(),
             image_ids=image_index,
             text_ids=image_index,

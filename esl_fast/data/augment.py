@@ -1,0 +1,62 @@
+"""Size augmentation of region-word training: regions are dropped, words masked, replaced or deleted."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from esl_fast.model.towers import SpecialTokens
+
+# Of the words that are drawn: shares that are masked and replaced; the others are deleted.
+MASKED, REPLACED = 0.5, 0.1
+
+
+class SizeAugmentation:
+    """Item -> item, a function of (seed, epoch, caption) alone, so that a resumed run repeats it.
+
+    Each region is dropped, and each word masked, replaced by another or deleted, with `probability`; one region and one
+    word always remain. Kept regions move to the front of the array, and `image_lengths` counts them.
+
+    Args:
+        tokens: those of the training set (M, T); replacements are drawn from the words in it.
+        special: ids that are no words.
+    """
+
+    def __init__(self, tokens: Tensor, special: SpecialTokens, seed: int, probability: float = 0.2):
+        if not 0 < probability < 1:
+            raise ValueError(f"probability must lie between 0 and 1, got {probability}")
+        words = np.unique(tokens.numpy())
+        self.words = words[~np.isin(words, (0, *special))]
+        self.special, self.seed, self.probability = special, seed, probability
+        self.epoch = 0
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        rng = np.random.default_rng((self.seed, self.epoch, item["caption_index"]))
+        changed = {"tokens": self._change_words(item["tokens"], rng)}
+        if item["image"].ndim == 2:
+            changed["image"], changed["image_lengths"] = self._drop_regions(item["image"], rng)
+        return item | changed
+
+    def _change_words(self, tokens: Tensor, rng: np.random.Generator) -> Tensor:
+        ids = tokens.numpy()
+        words = ids[1 : int((ids == self.special.end).argmax())]
+        if not len(words) or not len(self.words):
+            return tokens
+        fate = rng.random(len(words)) / self.probability
+        other = self.words[rng.integers(len(self.words), size=len(words))]
+        words = np.where(fate < MASKED, self.special.mask, np.where(fate < MASKED + REPLACED, other, words))
+        kept = (fate < MASKED + REPLACED) | (fate >= 1)
+        kept[0] |= not kept.any()
+        words = words[kept]
+        changed = np.zeros_like(ids)
+        changed[: len(words) + 2] = (ids[0], *words, self.special.end)
+        return torch.from_numpy(changed)
+
+    def _drop_regions(self, regions: Tensor, rng: np.random.Generator) -> tuple[Tensor, int]:
+        kept = rng.random(len(regions)) >= self.probability
+        kept[0] |= not kept.any()
+        count = int(kept.sum())
+        left = torch.zeros_like(regions)
+        left[:count] = regions[torch.from_numpy(kept)]
+        return left, count

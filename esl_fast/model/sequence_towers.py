@@ -1,0 +1,204 @@
+"""Towers that return several vectors an item: regions and patches of an image, words of a caption."""
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.transformer import TextTransformer, VisionTransformer
+from torch import Tensor, nn
+
+from esl_fast.model.sequences import Sequences
+from esl_fast.model.towers import BAG_INIT_STD, CLIP_VOCABULARY, BagOfTokens, SpecialTokens
+
+BERT_CONTEXT = 77
+
+
+class ProjectedRegions(nn.Module):
+    """Image tower for precomputed regions ``(N, R, F)``: a linear map plus a two-layer MLP with batch norm."""
+
+    def __init__(self, feature_dim: int, embed_dim: int) -> None:
+        super().__init__()
+        hidden = max(1, embed_dim // 2)
+        self.linear = nn.Linear(feature_dim, embed_dim)
+        self.inner, self.norm, self.outer = (
+            nn.Linear(feature_dim, hidden),
+            nn.BatchNorm1d(hidden),
+            nn.Linear(hidden, embed_dim),
+        )
+        nn.init.xavier_uniform_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, regions: Tensor, lengths: Tensor | None = None) -> Sequences:
+        if lengths is None:
+            return Sequences(self._project(regions.flatten(0, 1)).view(*regions.shape[:2], -1))
+        # Only real regions go through: padding must not enter the statistics of the batch.
+        real = torch.arange(regions.shape[1], device=regions.device) < lengths[:, None]
+        projected = self._project(regions[real])
+        vectors = projected.new_zeros(*regions.shape[:2], projected.shape[-1])
+        return Sequences(vectors.masked_scatter(real.unsqueeze(-1), projected), lengths)
+
+    def _project(self, rows: Tensor) -> Tensor:
+        return self.linear(rows) + self.outer(torch.relu(self.norm(self.inner(rows))))
+
+
+class PatchTokens(nn.Module):
+    """An open_clip vision tower's patches, each projected as the pooled embedding would be."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        if not isinstance(tower, VisionTransformer | ModifiedResNet):
+            raise ValueError(f"patch tokens need open_clip's own ViT or ResNet, not a {type(tower).__name__}")
+        if isinstance(tower, VisionTransformer):
+            tower.output_tokens = True
+        self.tower = tower
+
+    def forward(self, images: Tensor, lengths: Tensor | None = None) -> Sequences:
+        tower = self.tower
+        if isinstance(tower, VisionTransformer):
+            _, tokens = tower(images)
+            return Sequences(tokens if tower.proj is None else tokens @ tower.proj)
+        maps = tower.layer4(tower.layer3(tower.layer2(tower.layer1(tower.stem(images)))))
+        # What the attention pool would make of one position that attends to itself alone.
+        return Sequences(tower.attnpool.c_proj(tower.attnpool.v_proj(maps.flatten(2).mT)))
+
+
+class TextTokens(nn.Module):
+    """An open_clip text transformer's tokens, start and end of text included, each projected."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        if not isinstance(tower, TextTransformer) or tower.cls_emb is not None or tower.attn_mask is None:
+            raise ValueError("word tokens need open_clip's own causal text transformer")
+        self.tower = tower
+
+    @staticmethod
+    def extent(tokens: Tensor) -> Tensor:
+        """``(M,)``, how far each row of tokens reaches."""
+        return tokens.argmax(-1) + 1  # the end of text is the highest token
+
+    def forward(self, tokens: Tensor) -> Sequences:
+        tower, count = self.tower, tokens.shape[1]
+        x = tower.token_embedding(tokens)
+        x = x + tower.positional_embedding[:count].to(x.dtype)
+        x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:count, :count]))
+        projection = tower.text_projection
+        if projection is not None:
+            x = projection(x) if isinstance(projection, nn.Linear) else x @ projection
+        return Sequences(x, self.extent(tokens))
+
+
+class WordEmbeddings(nn.Module):
+    """Text tower for small data: one embedding a token, order ignored; tokens that training never saw share one.
+
+    Known tokens have an embedding of their own (entries 2 and up), all others entry 1. A caption without tokens is one
+    unknown token.
+    """
+
+    def __init__(self, size: int, embed_dim: int, vocabulary_size: int = CLIP_VOCABULARY) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(size, embed_dim, padding_idx=0)
+        nn.init.normal_(self.embedding.weight, std=BAG_INIT_STD)
+        nn.init.zeros_(self.embedding.weight[0])
+        self.register_buffer("entry_of", torch.zeros(vocabulary_size, dtype=torch.int64))
+
+    know, vocabulary_of = BagOfTokens.know, staticmethod(BagOfTokens.vocabulary_of)
+
+    extent = staticmethod(TextTokens.extent)
+
+    def forward(self, tokens: Tensor) -> Sequences:
+        # Start and end of text are no words.
+        lengths = (self.extent(tokens) - 2).clamp(min=1)
+        entries = self.entry_of[tokens[:, 1:-1] if tokens.shape[1] > 2 else tokens[:, 1:]]
+        entries = torch.where(entries == 0, 1, entries)
+        padding = torch.arange(entries.shape[1], device=tokens.device) >= lengths[:, None]
+        return Sequences(self.embedding(entries.masked_fill(padding, 0)), lengths)
+
+
+class BertTokens(nn.Module):
+    """BERT and a linear map of its last layer, one vector a word piece, [CLS] and [SEP] included."""
+
+    def __init__(self, config: dict[str, Any], embed_dim: int, weights: str | None = None) -> None:
+        super().__init__()
+        bert = transformers().BertModel
+        if weights is None:
+            self.bert = bert(transformers().BertConfig(**config), add_pooling_layer=False)
+        else:
+            self.bert = bert.from_pretrained(weights, add_pooling_layer=False)
+        self.linear = nn.Linear(self.bert.config.hidden_size, embed_dim)
+
+    @staticmethod
+    def extent(tokens: Tensor) -> Tensor:
+        """``(M,)``, how far each row of tokens reaches."""
+        return (tokens != 0).sum(-1)  # 0 is [PAD]
+
+    def forward(self, tokens: Tensor) -> Sequences:
+        hidden = self.bert(input_ids=tokens, attention_mask=(tokens != 0).long()).last_hidden_state
+        return Sequences(self.linear(hidden), self.extent(tokens))
+
+
+def transformers() -> Any:
+    """The package, or an ImportError that says how to get it."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("a BERT text tower needs transformers: pip install 'esl_fast[bert]'") from error
+    return transformers
+
+
+def read_bert(folder: str) -> tuple[dict[str, Any], bool]:
+    """Configuration and vocabulary of a local BERT folder, and whether it holds weights.
+
+    Raises FileNotFoundError or ValueError saying what is missing.
+    """
+    path = Path(folder)
+    for name in ("config.json", "vocab.txt"):
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"{path} is no folder of a BERT model: it has no {name}")
+    config = json.loads((path / "config.json").read_text())
+    if config.get("model_type", "bert") != "bert":
+        raise ValueError(f"{path / 'config.json'}: model_type is {config['model_type']!r}; expected 'bert'")
+    sizes = {key: config[key] for key in BERT_SIZES if key in config}
+    vocabulary = (path / "vocab.txt").read_text(encoding="utf-8").split("\n")
+    has_weights = any((path / name).is_file() for name in ("model.safetensors", "pytorch_model.bin"))
+    return {"config": sizes, "vocabulary": [word for word in vocabulary if word]}, has_weights
+
+
+# What a BERT is built from again; everything else is the library's default.
+BERT_SIZES = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+    "max_position_embeddings", "type_vocab_size", "hidden_act", "layer_norm_eps", "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+)  # fmt: skip
+
+
+def bert_tokenizer(bert: dict[str, Any]) -> Callable[[list[str]], Tensor]:
+    """Lower-case word pieces ``(M, T)`` of captions, from the vocabulary that a configuration holds.
+
+    An official checkpoint holds none; bert-base-uncased's, with which all of them were trained, is asked for by name.
+    """
+    library = transformers().AutoTokenizer
+    if bert.get("vocabulary") is None:
+        tokenizer = library.from_pretrained("bert-base-uncased")
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "vocab.txt").write_text("\n".join(bert["vocabulary"]), encoding="utf-8")
+            (Path(folder) / "config.json").write_text('{"model_type": "bert"}')
+            tokenizer = library.from_pretrained(folder, do_lower_case=True)
+    context = min(BERT_CONTEXT, bert["config"].get("max_position_embeddings", BERT_CONTEXT))
+
+    def tokenize(captions: list[str]) -> Tensor:
+        pieces = tokenizer(captions, padding="max_length", truncation=True, max_length=context, return_tensors="pt")
+        return pieces["input_ids"]
+
+    return tokenize
+
+
+def bert_special_tokens(bert: dict[str, Any]) -> SpecialTokens:
+    """[CLS], [SEP] and [MASK]; bert-base-uncased's where the configuration holds no vocabulary."""
+    if bert.get("vocabulary") is None:
+        return SpecialTokens(101, 102, 103)
+    return SpecialTokens(*(bert["vocabulary"].index(token) for token in ("[CLS]", "[SEP]", "[MASK]")))

@@ -1,0 +1,85 @@
+"""What a tower returns for an item of several vectors: regions, patches, words."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from esl_fast.ops import checks, region_word
+
+EPS = 1e-8
+
+
+class Sequences(NamedTuple):
+    """Vectors ``(n, L, d)``, of which the first ``lengths (n,)`` of each item are real (None: all of them)."""
+
+    vectors: Tensor
+    lengths: Tensor | None = None
+
+    def float(self) -> "Sequences":
+        return self._replace(vectors=self.vectors.float())
+
+    def padding(self) -> Tensor | None:
+        """``(n, L)``, True where a vector is not real; None where all are."""
+        if self.lengths is None:
+            return None
+        positions = torch.arange(self.vectors.shape[1], device=self.vectors.device)
+        return positions >= self.lengths.to(self.vectors.device)[:, None]
+
+    def unit_norm(self) -> "Sequences":
+        """Every vector divided by its norm, padding zeroed."""
+        vectors = self.vectors
+        padding = self.padding()
+        if padding is not None:
+            vectors = vectors.masked_fill(padding.unsqueeze(-1), 0)
+        return self._replace(vectors=vectors / (torch.linalg.vector_norm(vectors, dim=-1, keepdim=True) + EPS))
+
+    def mean(self) -> Tensor:
+        """The mean ``(n, d)`` of the real vectors of each item."""
+        padding = self.padding()
+        if padding is None:
+            return self.vectors.mean(1)
+        total = self.vectors.masked_fill(padding.unsqueeze(-1), 0).sum(1)
+        return total / self.lengths.to(total.device).unsqueeze(-1)
+
+
+Features = Tensor | Sequences
+
+
+def concatenate(parts: Sequence[Features]) -> Features:
+    """Items of several batches in one; sequences are padded to the longest."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts))
+    longest = max(part.vectors.shape[1] for part in parts)
+    vectors = [F.pad(part.vectors, (0, 0, 0, longest - part.vectors.shape[1])) for part in parts]
+    if all(part.lengths is None for part in parts) and len({part.vectors.shape[1] for part in parts}) == 1:
+        return Sequences(torch.cat(vectors))
+    lengths = [
+        torch.full(part.vectors.shape[:1], part.vectors.shape[1], device=part.vectors.device)
+        if part.lengths is None
+        else part.lengths
+        for part in parts
+    ]
+    return Sequences(torch.cat(vectors), torch.cat(lengths))
+
+
+def vectors_of(features: Features) -> Tensor:
+    return features.vectors if isinstance(features, Sequences) else features
+
+
+def with_vectors(features: Features, vectors: Tensor) -> Features:
+    """The same features with other vectors."""
+    return features._replace(vectors=vectors) if isinstance(features, Sequences) else vectors
+
+
+def check(name: str, features: Sequences, width: int, item: str, parts: str) -> None:
+    """One clear error for what a head cannot take; ``item`` and ``parts`` name what has no length."""
+    checks.floating(name, features.vectors)
+    shape = tuple(features.vectors.shape)
+    if len(shape) != 3 or shape[2] != width or shape[1] == 0:
+        raise ValueError(f"{name} has shape {shape}; expected (n, length, {width}) with a length of at least 1")
+    if features.lengths is not None:
+        label = {"caption": "word_lengths", "image": "region_lengths"}[item]
+        region_word._check_lengths(label, features.lengths, shape[0], shape[1], item, parts)
