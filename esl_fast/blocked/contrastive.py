@@ -79,12 +79,13 @@ class ContrastiveLoss(torch.autograd.Function):
 
 
 def _logit_blocks(images, texts, scale, image_ids, text_ids, same_owner):
-    """Yield rows as a slice, their logits, and their positives (None: the diagonal)."""
+    """Yield rows as a slice, their logits (overwritten by the next), and their positives (None: the diagonal)."""
     n, m = images.shape[0], texts.shape[0]
-    block = max(16, BLOCK_ELEMENTS // max(m, 1))
+    block = min(n, max(16, BLOCK_ELEMENTS // max(m, 1)))
+    scratch = images.new_empty(block, m)
     for start in range(0, n, block):
         rows = slice(start, min(start + block, n))
-        logits = (images[rows] * scale.reshape(())) @ texts.mT
+        logits = torch.mm(images[rows] * scale.reshape(()), texts.mT, out=scratch[: rows.stop - start])
         same = None
         if image_ids is not None and same_owner != "negative":
             same = image_ids[rows, None] == text_ids

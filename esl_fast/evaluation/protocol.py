@@ -18,6 +18,7 @@ from esl_fast.evaluation.metrics import mean_metrics, recall_metrics
 from esl_fast.model import MatchingModel
 from esl_fast.model.scores import InnerProducts, Scores
 from esl_fast.model.sequences import Features, Sequences, concatenate, vectors_of
+from esl_fast.ops import checks
 
 CAPTIONS_PER_IMAGE = 5  # that evaluation takes into account, where a data set has more
 FOLDS, FOLD_IMAGES = 5, 1000
@@ -88,6 +89,8 @@ class Encoder:
             bar = tqdm(batches, f"encoding {name}", total, leave=False, disable=None if progress else True)
             with autocast(device, precision):
                 features.append(concatenate([encode(batch.to(device)).float() for batch in bar]))
+            if not isinstance(features[-1], Sequences):
+                checks.finite(f"features of {name}", features[-1], wait=True)
         return features[0], features[1]
 
 

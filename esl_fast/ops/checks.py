@@ -30,9 +30,9 @@ def same_device(**tensors: Tensor) -> None:
         raise ValueError("tensors lie on different devices: " + ", ".join(f"{k} on {v}" for k, v in devices.items()))
 
 
-def finite(name: str, x: Tensor) -> None:
-    """No NaN or infinity in ``x (n, ...)``; checked on CPU only, where it needs no synchronisation."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or in_transform():
+def finite(name: str, x: Tensor, *, wait: bool = False) -> None:
+    """No NaN or infinity in ``x (n, ...)``; without ``wait`` on a CPU only, where it needs no synchronisation."""
+    if (x.device.type != "cpu" and not wait) or torch.compiler.is_compiling() or in_transform():
         return
     # The sum is finite unless a term is not (or it overflows, which the exact check below clears).
     if torch.isfinite(x.detach().sum()):
