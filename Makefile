@@ -11,8 +11,8 @@ train: $(VENV)/.installed-train
 
 # Triton kernels run interpreted, in a process of their own: what `@triton.jit` makes is decided at import.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n auto $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/kernels
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --dist worksteal tests/kernels
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
