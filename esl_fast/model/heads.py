@@ -1,6 +1,7 @@
 """Similarity heads: from features of both sides to scores."""
 
 from collections.abc import Mapping
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ class Head(nn.Module):
             ops.checks.matrix(name, features, self.embed_dim)
             ops.checks.finite(name, features)
         ops.checks.same_device(
-            image_features=image_features, text_features=text_features, **dict(list(self.named_parameters())[:1])
+            image_features=image_features, text_features=text_features, **dict(islice(self.named_parameters(), 1))
         )
         return InnerProducts(*self.sides(image_features, text_features))
 
