@@ -17,7 +17,7 @@ scratch costs 3 x 2.1 GB, 1.3 ms at 4.8 TB/s, in the shadow of the products. On 
 128 x 256 takes 64 Ki exponentials, some 4,096 cycles at 16 a cycle, against 16,384 of wgmma.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,7 +25,9 @@ import triton.language as tl
 from torch import Tensor
 
 from esl_fast.kernels._common import on_device_of
+from esl_fast.kernels.aggregate import padded_rows
 from esl_fast.kernels.inspect import CompileCase
+from esl_fast.kernels.paired import paired_scores
 from esl_fast.kernels.similarity import DEVICES, padded_empty
 from esl_fast.kernels.tile import (
     GROUP,
@@ -34,6 +36,11 @@ from esl_fast.kernels.tile import (
     eighths,
     launch_options,
     make_plan,
+    output,
+    quarters,
+    sum_own_rows,
+    sweep_length,
+    sweeps,
     tile_cases,
     tile_origin,
     tile_product,
@@ -42,6 +49,7 @@ from esl_fast.kernels.tile import (
 CHUNK = 4096
 GAIN_BITS = 14
 MERGE_BLOCK = 256
+CENTERED_FROM = 1 << 22  # pairs from which the pass with a center pays
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = 0.6931471805599453
 
@@ -50,34 +58,24 @@ DIAGONAL, POSITIVE, IGNORE = 0, 1, 2
 
 
 @triton.jit
-def _special(image_ids, text_ids, row, col, n, m, ROWS: tl.constexpr, COLS: tl.constexpr, MODE: tl.constexpr):
-    """Whether a tile may hold a pair that is positive or to be ignored."""
-    special = (row < col + COLS) & (col < row + ROWS)
-    if MODE != 0:
-        row_ids = tl.load(image_ids + tl.minimum(row + tl.arange(0, ROWS), n - 1))
-        col_ids = tl.load(text_ids + tl.minimum(col + tl.arange(0, COLS), m - 1))
-        meet = (tl.max(row_ids, 0) >= tl.min(col_ids, 0)) & (tl.min(row_ids, 0) <= tl.max(col_ids, 0))
-        special = meet | (special & (MODE == 2))
-    return special
+def _special(image_ids, text_ids, row, col, n, m, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Whether a tile may hold a pair of equal ids."""
+    row_ids = tl.load(image_ids + tl.minimum(row + tl.arange(0, ROWS), n - 1))
+    col_ids = tl.load(text_ids + tl.minimum(col + tl.arange(0, COLS), m - 1))
+    return (tl.max(row_ids, 0) >= tl.min(col_ids, 0)) & (tl.min(row_ids, 0) <= tl.max(col_ids, 0))
 
 
 @triton.jit
-def _pairs(image_ids, text_ids, row, col, n, m, ROWS: tl.constexpr, COLS: tl.constexpr, MODE: tl.constexpr):
-    """Masks ``(ROWS, COLS)`` of the pairs that are positive and of those to be ignored, within the matrix."""
+def _same(image_ids, text_ids, row, col, n, m, ROWS: tl.constexpr, COLS: tl.constexpr, MODE: tl.constexpr):
+    """Mask ``(ROWS, COLS)`` of the pairs within the matrix whose ids are equal, off the diagonal if ``MODE`` is 2."""
     r = tl.arange(0, ROWS)
     c = tl.arange(0, COLS)
-    inside = (r < n - row)[:, None] & (c < m - col)[None, :]
-    diagonal = (r + (row - col).to(tl.int32))[:, None] == c[None, :]
-    if MODE == 0:
-        return diagonal & inside, diagonal & (r < 0)[:, None]
-    else:
-        row_ids = tl.load(image_ids + row + r, mask=r < n - row, other=-1)
-        col_ids = tl.load(text_ids + col + c, mask=c < m - col, other=-2)
-        same = row_ids[:, None] == col_ids[None, :]
-        if MODE == 1:
-            return same, same & (r < 0)[:, None]
-        else:
-            return diagonal & inside, same & (diagonal == 0)
+    row_ids = tl.load(image_ids + row + r, mask=r < n - row, other=-1)
+    col_ids = tl.load(text_ids + col + c, mask=c < m - col, other=-2)
+    same = row_ids[:, None] == col_ids[None, :]
+    if MODE == 2:
+        same &= (r + (row - col).to(tl.int32))[:, None] != c[None, :]
+    return same
 
 
 @triton.jit
@@ -90,13 +88,98 @@ def _online(old_max, old_sum, logits, AXIS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["n", "m", "units", "row_groups", "col_groups"])
-def _forward_kernel(
-    a, b, logit_scale, image_ids, text_ids, row_parts, col_parts, n, m, units, a_row, a_unit, b_row, b_unit,
-    row_groups, col_groups,
+def _sums_kernel(
+    a, b, logit_scale, center, image_ids, text_ids, row_sums, col_sums, row_positives, col_positives,
+    n, m, units, a_row, a_unit, b_row, b_unit, row_groups, col_groups,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr, MODE: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """Sums of 2^(logit - center) and, if ids say what is positive, of positive logits, all in base 2.
+
+    Row results are ``(col_groups, n)``, added to from tile to tile; column results are ``(row_groups, m)``.
+    """
+    row_group = tl.program_id(0).to(tl.int64) // col_groups
+    col_group = tl.program_id(0).to(tl.int64) % col_groups
+    sweep = sweep_length(tl.cdiv(n, ROWS), row_group, row_groups)
+    tiles = sweep * sweep_length(tl.cdiv(m, COLS), col_group, col_groups)
+    scale = tl.load(logit_scale).to(tl.float32) * LOG2E
+    shift = tl.load(center)
+    r = tl.arange(0, ROWS)
+    c = tl.arange(0, COLS // 4)
+    zeros = tl.zeros((8 * WARPS, COLS // 4), tl.float32)
+    first = zeros
+    second = zeros
+    third = zeros
+    fourth = zeros
+    for tile in tl.range(0, tiles, flatten=FLATTEN):
+        row = (row_group + tile % sweep * row_groups) * ROWS
+        first_col = (col_group + tile // sweep * col_groups) * COLS
+        scores = tile_product(
+            a, b, row, first_col, n, m, units, a_row, a_unit, b_row, b_unit,
+            ROWS, COLS, DEPTH, TMA, PRECISION, UPCAST,
+        )  # fmt: skip
+        row_live = r < n - row
+        special = (row + ROWS > n) | (first_col + COLS > m)
+        if MODE != 0:
+            special |= _special(image_ids, text_ids, row, first_col, n, m, ROWS, COLS)
+        row_sum = tl.zeros((ROWS,), tl.float32)
+        parts = quarters(scores)
+        for part in tl.static_range(4):
+            col = first_col + part * (COLS // 4)
+            score = parts[part]
+            powers = tl.exp2(score * scale - shift)
+            if special:
+                counted = row_live[:, None] & (c < m - col)[None, :]
+                if MODE != 0:
+                    same = _same(image_ids, text_ids, row, col, n, m, ROWS, COLS // 4, MODE)
+                    if MODE == 1:
+                        chosen = tl.where(same, score * scale, 0.0)
+                        by_row = row_positives + col_group * n + row + r
+                        tl.atomic_add(by_row, tl.sum(chosen, 1), mask=row_live, sem="relaxed")
+                        by_col = col_positives + row_group * m + col + c
+                        tl.atomic_add(by_col, tl.sum(chosen, 0), mask=c < m - col, sem="relaxed")
+                    else:
+                        counted &= same == 0
+                powers = tl.where(counted, powers, 0.0)
+            row_sum += tl.sum(powers, 1)
+            col_sum = sum_own_rows(powers, WARPS)
+            if part == 0:
+                first += col_sum
+            elif part == 1:
+                second += col_sum
+            elif part == 2:
+                third += col_sum
+            else:
+                fourth += col_sum
+        # One program adds to an element, always from the same thread, so the order is fixed.
+        tl.atomic_add(row_sums + col_group * n + row + r, row_sum, mask=row_live, sem="relaxed")
+        last = tile % sweep == sweep - 1
+        if last:
+            for part in tl.static_range(4):
+                total = first if part == 0 else second if part == 1 else third if part == 2 else fourth
+                at = first_col + part * (COLS // 4) + c
+                tl.store(col_sums + row_group * m + at, tl.sum(total, 0), mask=at < m)
+        going_on = 1.0 - last.to(tl.float32)  # a product: selecting zeros here crashes Triton 3.6
+        first *= going_on
+        second *= going_on
+        third *= going_on
+        fourth *= going_on
+
+
+@triton.jit(do_not_specialize=["n", "m", "units", "row_groups", "col_groups"])
+def _online_kernel(
+    a, b, logit_scale, center, image_ids, text_ids, row_parts, col_parts, row_positives, col_positives,
+    n, m, units, a_row, a_unit, b_row, b_unit, row_groups, col_groups,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, MODE: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Parts are ``(3, groups, n or m)``: maximum and sum of 2^(logit - maximum), sum of positive logits, in base 2."""
+    """As :func:`_sums_kernel` for logits of any range, if ``center`` is infinite; else nothing.
+
+    Parts are ``(2, groups, n or m)``: maximum and sum of 2^(logit - maximum).
+    """
+    shift = tl.load(center)
+    if shift < float("inf"):
+        return
     program = tl.program_id(0).to(tl.int64)
     row_group = program // col_groups
     col_group = program % col_groups
@@ -116,80 +199,90 @@ def _forward_kernel(
                 a, b, row, first_col, n, m, units, a_row, a_unit, b_row, b_unit,
                 ROWS, COLS, DEPTH, TMA, PRECISION, UPCAST,
             )  # fmt: skip
-            special = _special(image_ids, text_ids, row, first_col, n, m, ROWS, COLS, MODE)
+            if MODE != 0:
+                special = _special(image_ids, text_ids, row, first_col, n, m, ROWS, COLS)
             parts = eighths(scores)
             for eighth in tl.static_range(8):
                 col = first_col + eighth * (COLS // 8)
                 live = c < m - col
                 logits = tl.where((r < n - row)[:, None] & live[None, :], parts[eighth] * scale, float("-inf"))
-                col_positive = tl.zeros((COLS // 8,), tl.float32)
-                if special:
-                    positive, ignored = _pairs(image_ids, text_ids, row, col, n, m, ROWS, COLS // 8, MODE)
-                    if MODE == 2:
-                        logits = tl.where(ignored, float("-inf"), logits)
-                    chosen = tl.where(positive, logits, 0.0)
-                    row_positive += tl.sum(chosen, 1)
-                    col_positive += tl.sum(chosen, 0)
+                again = c < tl.where(row_block > row_group, m - col, 0)
+                if MODE != 0:
+                    col_positive = tl.zeros((COLS // 8,), tl.float32)
+                    if special:
+                        same = _same(image_ids, text_ids, row, col, n, m, ROWS, COLS // 8, MODE)
+                        if MODE == 2:
+                            logits = tl.where(same, float("-inf"), logits)
+                        else:
+                            chosen = tl.where(same, logits, 0.0)
+                            row_positive += tl.sum(chosen, 1)
+                            col_positive += tl.sum(chosen, 0)
+                    if MODE == 1:
+                        positive = col_positives + row_group * m + col + c
+                        old_positive = tl.load(positive, mask=again, other=0.0)
+                        tl.store(positive, old_positive + col_positive, mask=live)
                 row_max, row_sum = _online(row_max, row_sum, logits, 1)
 
                 part = col_parts + row_group * m + col + c
-                again = c < tl.where(row_block > row_group, m - col, 0)
                 old_max = tl.load(part, mask=again, other=float("-inf"))
                 old_sum = tl.load(part + col_plane, mask=again, other=0.0)
-                old_positive = tl.load(part + 2 * col_plane, mask=again, other=0.0)
                 col_max, col_sum = _online(old_max, old_sum, logits, 0)
                 tl.store(part, col_max, mask=live)
                 tl.store(part + col_plane, col_sum, mask=live)
-                tl.store(part + 2 * col_plane, old_positive + col_positive, mask=live)
             # The next row block reads them back, perhaps in another thread.
             tl.debug_barrier()
         part = row_parts + col_group * n + row + r
         tl.store(part, row_max, mask=r < n - row)
         tl.store(part + row_plane, row_sum, mask=r < n - row)
-        tl.store(part + 2 * row_plane, row_positive, mask=r < n - row)
+        if MODE == 1:
+            tl.store(row_positives + col_group * n + row + r, row_positive, mask=r < n - row)
 
 
 @triton.jit(do_not_specialize=["groups", "count"])
-def _merge_kernel(parts, log_sums, positives, groups, count, BLOCK: tl.constexpr):
-    """Log-sum-exp (base 2) and sum of positive logits from parts ``(3, groups, count)``."""
+def _merge_kernel(parts, center, log_sums, groups, count, BLOCK: tl.constexpr):
+    """Log-sum-exp in base 2 from parts ``(2, groups, count)``, unless ``center`` says that there are none."""
+    shift = tl.load(center)
+    if shift < float("inf"):
+        return
     items = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = items < count
     plane = tl.zeros((), tl.int64) + count * groups.to(tl.int64)
     largest = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
-    positive = tl.zeros((BLOCK,), tl.float32)
     for group in range(0, groups):
         part = parts + group * count.to(tl.int64) + items
         other = tl.load(part, mask=live, other=float("-inf"))
         other_sum = tl.load(part + plane, mask=live, other=0.0)
-        positive += tl.load(part + 2 * plane, mask=live, other=0.0)
         new = tl.maximum(largest, other)
         shift = tl.where(new == float("-inf"), 0.0, new)
         total = total * tl.exp2(largest - shift) + other_sum * tl.exp2(other - shift)
         largest = new
     tl.store(log_sums + items, largest + tl.log2(tl.where(live, total, 1.0)), mask=live)
-    tl.store(positives + items, positive, mask=live)
 
 
 @triton.jit(do_not_specialize=["n", "m", "units", "first_row", "last_row", "grad_row"])
 def _gradient_kernel(
-    a, b, logit_scale, row_shift, col_shift, row_target, col_target, image_ids, text_ids, grad, scale_parts,
+    a, b, logit_scale, center, row_terms, col_terms, row_target, col_target, image_ids, text_ids, grad, scale_parts,
     n, m, units, a_row, a_unit, b_row, b_unit, first_row, last_row, grad_row,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """Rows ``first_row`` to ``last_row`` of the gradient of the logits, and a part of its sum times the scores.
 
-    ``gradient = 2^(logit - row_shift) + 2^(logit - col_shift)``, less ``row_target + col_target`` at positives.
+    ``gradient = 2^(logit - row_term) + 2^(logit - col_term)``, or with a finite ``center``
+    ``2^(logit - center) * (row_term + col_term)``, less ``row_target + col_target`` where ids say what is positive.
     """
     row_blocks = tl.cdiv(last_row - first_row, ROWS).to(tl.int64)
     col_blocks = tl.cdiv(m, COLS).to(tl.int64)
     scale = tl.load(logit_scale).to(tl.float32) * LOG2E
+    shift = tl.load(center)
+    centered = shift < float("inf")
+    dead = tl.where(centered, 0.0, float("inf"))
     stride = tl.multiple_of(grad_row.to(tl.int64), 16)
     by_row = tl.zeros((ROWS,), tl.float32)
     program = tl.program_id(0).to(tl.int64)
     r = tl.arange(0, ROWS)
-    c = tl.arange(0, COLS // 8)
+    c = tl.arange(0, COLS // 4)
     for tile in tl.range(program, row_blocks * col_blocks, tl.num_programs(0), flatten=FLATTEN):
         local, first_col = tile_origin(tile, row_blocks, col_blocks, ROWS, COLS, GROUP)
         row = first_row + local
@@ -198,52 +291,48 @@ def _gradient_kernel(
             ROWS, COLS, DEPTH, TMA, PRECISION, UPCAST,
         )  # fmt: skip
         row_live = r < last_row - row
-        row_over = tl.load(row_shift + row + r, mask=row_live, other=float("inf"))
-        special = _special(image_ids, text_ids, row, first_col, n, m, ROWS, COLS, MODE)
-        parts = eighths(scores)
-        for eighth in tl.static_range(8):
-            col = first_col + eighth * (COLS // 8)
-            score = parts[eighth]
-            live = row_live[:, None] & (c < m - col)[None, :]
-            col_over = tl.load(col_shift + col + c, mask=c < m - col, other=float("inf"))
-            gradient = tl.exp2(score * scale - row_over[:, None]) + tl.exp2(score * scale - col_over[None, :])
-            if special:
-                positive, ignored = _pairs(image_ids, text_ids, row, col, n, m, ROWS, COLS // 8, MODE)
-                if MODE == 2:
-                    gradient = tl.where(ignored, 0.0, gradient)
-                target = tl.load(row_target + row + r, mask=row_live, other=0.0)[:, None]
-                target += tl.load(col_target + col + c, mask=c < m - col, other=0.0)[None, :]
-                gradient = tl.where(positive, gradient - target, gradient)
-            gradient = tl.where(live, gradient, 0.0)
-            by_row += tl.sum(gradient * score, 1)
-            out = grad + local * stride + col + r[:, None] * stride + c[None, :]
-            inside = row_live[:, None] & (c < stride - col)[None, :]
-            tl.store(out, gradient.to(grad.dtype.element_ty), mask=inside)
+        row_term = tl.load(row_terms + row + r, mask=row_live, other=dead)
+        if MODE != 0:
+            special = _special(image_ids, text_ids, row, first_col, n, m, ROWS, COLS)
+        parts = quarters(scores)
+        for part in tl.static_range(4):
+            col = first_col + part * (COLS // 4)
+            col_live = c < m - col
+            score = parts[part]
+            col_term = tl.load(col_terms + col + c, mask=col_live, other=dead)
+            if centered:
+                gradient = tl.exp2(score * scale - shift) * (row_term[:, None] + col_term[None, :])
+            else:
+                gradient = tl.exp2(score * scale - row_term[:, None]) + tl.exp2(score * scale - col_term[None, :])
+                gradient = tl.where(col_live[None, :], gradient, 0.0)
+            if MODE != 0:  # noqa: SIM102 (a constexpr with others would not keep the body from being compiled)
+                if special:
+                    same = _same(image_ids, text_ids, row, col, n, m, ROWS, COLS // 4, MODE)
+                    if MODE == 2:
+                        gradient = tl.where(same, 0.0, gradient)
+                    else:
+                        target = tl.load(row_target + row + r, mask=row_live, other=0.0)[:, None]
+                        target += tl.load(col_target + col + c, mask=col_live, other=0.0)[None, :]
+                        gradient = tl.where(same, gradient - target, gradient)
+            if TMA:  # what lies outside has scores of 0 and is not stored
+                by_row += tl.sum(gradient * score, 1)
+                grad.store([local.to(tl.int32), col.to(tl.int32)], gradient.to(grad.dtype))
+            else:
+                gradient = tl.where(row_live[:, None] & col_live[None, :], gradient, 0.0)
+                by_row += tl.sum(gradient * score, 1)
+                out = grad + local * stride + col + r[:, None] * stride + c[None, :]
+                inside = row_live[:, None] & (c < stride - col)[None, :]
+                tl.store(out, gradient.to(grad.dtype.element_ty), mask=inside)
     tl.store(scale_parts + program, tl.sum(by_row, 0))
 
 
-def _groups(plan: Plan) -> tuple[int, int]:
-    """Row and column groups, one program each: the split that leaves the fullest program the fewest tiles.
-
-    Of equal ones that with the fewest row groups, since a part of the columns is kept for each.
-    """
-    rows, cols, programs = plan.row_blocks, plan.col_blocks, plan.programs
-
-    def cost(col_groups: int) -> tuple[int, int]:
-        row_groups = max(1, min(rows, programs // col_groups))
-        return triton.cdiv(rows, row_groups) * triton.cdiv(cols, col_groups), row_groups
-
-    col_groups = min(range(1, min(cols, programs) + 1), key=cost)
-    return cost(col_groups)[1], col_groups
-
-
-def _merge(parts: Tensor) -> tuple[Tensor, Tensor]:
+def _merge(parts: Tensor, center: Tensor) -> Tensor:
     _, groups, count = parts.shape
-    log_sums, positives = torch.empty_like(parts[0, 0]), torch.empty_like(parts[0, 0])
+    log_sums = torch.zeros_like(parts[0, 0])
     _merge_kernel[(triton.cdiv(count, MERGE_BLOCK),)](
-        parts, log_sums, positives, groups, count, BLOCK=MERGE_BLOCK, num_warps=4, enable_fp_fusion=True
+        parts, center, log_sums, groups, count, BLOCK=MERGE_BLOCK, num_warps=4, enable_fp_fusion=True
     )
-    return log_sums, positives
+    return log_sums
 
 
 def _ordinals(image_ids: Tensor, text_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -269,6 +358,53 @@ def _side(log_sums: Tensor, positives: Tensor, count: Tensor | None) -> tuple[Te
     return loss, weight, target, torch.where(owned, log_sums, torch.inf)
 
 
+class _Logs(NamedTuple):
+    """Log-sum-exp and sum of positive logits of each row and column, in base 2; for the center see the module."""
+
+    center: Tensor
+    row_logs: Tensor
+    col_logs: Tensor
+    row_positives: Tensor
+    col_positives: Tensor
+
+
+def _logs(
+    plan: Plan, logit_scale: Tensor, diagonal: Tensor, image_ids: Tensor | None, text_ids: Tensor | None, mode: int
+) -> _Logs:
+    row_groups, col_groups = sweeps(plan)
+    launch = {"MODE": mode, **plan.constants, **launch_options(plan.config)}
+    operands = (*plan.operands, logit_scale)
+    sizes = (*plan.sizes, row_groups, col_groups)
+    row_positives = col_positives = None
+    if mode == POSITIVE:
+        row_positives = torch.zeros(col_groups, plan.n, dtype=torch.float32, device=logit_scale.device)
+        col_positives = torch.zeros(row_groups, plan.m, dtype=torch.float32, device=logit_scale.device)
+    rows, cols = diagonal.new_zeros(1), diagonal.new_zeros(1)
+    center = diagonal.new_full((), torch.inf)
+    if plan.n * plan.m >= CENTERED_FROM:
+        guess = (diagonal * (logit_scale * LOG2E.value)).min()
+        row_sums, col_sums = diagonal.new_zeros(col_groups, plan.n), diagonal.new_empty(row_groups, plan.m)
+        _sums_kernel[(row_groups * col_groups,)](
+            *operands, guess, image_ids, text_ids, row_sums, col_sums, row_positives, col_positives, *sizes,
+            WARPS=plan.warps, FLATTEN=plan.flatten and mode == DIAGONAL, **launch,
+        )  # fmt: skip
+        rows, cols = row_sums.sum(0), col_sums.sum(0)
+        low, high = (torch.minimum(rows.min(), cols.min()), torch.maximum(rows.max(), cols.max()))
+        # Anything lost or overflown shows, and so does NaN.
+        whole = (low > 2.0**-80) & (high < 2.0**120) & (guess.abs() < 100)
+        center = torch.where(whole, guess, torch.inf)
+    row_parts, col_parts = diagonal.new_empty(2, col_groups, plan.n), diagonal.new_empty(2, row_groups, plan.m)
+    _online_kernel[(row_groups * col_groups,)](
+        *operands, center, image_ids, text_ids, row_parts, col_parts, row_positives, col_positives, *sizes, **launch
+    )
+    centered = center < torch.inf
+    row_logs = torch.where(centered, rows.log2() + center, _merge(row_parts, center))
+    col_logs = torch.where(centered, cols.log2() + center, _merge(col_parts, center))
+    if mode != POSITIVE:
+        row_positives = col_positives = (diagonal * (logit_scale * LOG2E.value))[None]
+    return _Logs(center, row_logs, col_logs, row_positives.sum(0), col_positives.sum(0))
+
+
 @torch.library.custom_op("esl_fast::contrastive_forward", mutates_args=(), device_types=DEVICES)
 def contrastive_forward(
     image_units: Tensor,
@@ -277,55 +413,43 @@ def contrastive_forward(
     image_ids: Tensor | None,
     text_ids: Tensor | None,
     mode: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, and for the backward: shifts and targets of rows and columns (see the kernel), and G's weight."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, and for the backward: center, terms and targets of rows and columns (see the kernel), the diagonal's
+    scores, and G's weight."""
     n, m = image_units.shape[0], folded_text_units.shape[0]
     if not n or not m:
         empty = image_units.new_zeros(n + m, dtype=torch.float32)
         zero = image_units.new_zeros((), dtype=torch.float32)
-        return zero, empty[:n].clone(), empty[n:].clone(), empty[:n].clone(), empty[n:].clone(), zero.clone()
+        sides = (empty[:n].clone(), empty[n:].clone(), empty[:n].clone(), empty[n:].clone())
+        return zero, zero.clone(), *sides, empty[:0].clone(), zero.clone()
     with on_device_of(image_units):
         plan = make_plan(image_units, folded_text_units)
-        row_groups, col_groups = _groups(plan)
-        row_parts = torch.empty(3, col_groups, n, dtype=torch.float32, device=image_units.device)
-        col_parts = torch.empty(3, row_groups, m, dtype=torch.float32, device=image_units.device)
-        _forward_kernel[(row_groups * col_groups,)](
-            *plan.operands,
-            logit_scale,
-            image_ids,
-            text_ids,
-            row_parts,
-            col_parts,
-            *plan.sizes,
-            row_groups,
-            col_groups,
-            MODE=mode,
-            **plan.constants,
-            **launch_options(plan.config),
-        )
+        diagonal = paired_scores(plan, image_units, folded_text_units)
+        logs = _logs(plan, logit_scale.to(torch.float32), diagonal, image_ids, text_ids, mode)
         row_counts = col_counts = None
         if mode == POSITIVE:
             row_counts, col_counts = _counts(image_ids, text_ids), _counts(text_ids, image_ids)
-        row_loss, row_weight, row_target, row_shift = _side(*_merge(row_parts), row_counts)
-        col_loss, col_weight, col_target, col_shift = _side(*_merge(col_parts), col_counts)
+        row_loss, row_weight, row_target, row_shift = _side(logs.row_logs, logs.row_positives, row_counts)
+        col_loss, col_weight, col_target, col_shift = _side(logs.col_logs, logs.col_positives, col_counts)
         # G is stored relative to the larger weight: 2^GAIN_BITS times ratios of at most 1.
         weight = torch.maximum(row_weight, col_weight)
-        row_ratio, col_ratio = row_weight / weight, col_weight / weight
         gain = 2.0**GAIN_BITS
-        return (
-            (row_loss + col_loss) / 2,
-            row_shift - row_ratio.log2() - GAIN_BITS,
-            col_shift - col_ratio.log2() - GAIN_BITS,
-            row_target * (row_ratio * gain),
-            col_target * (col_ratio * gain),
-            weight / (2 * gain),
-        )
+        terms, targets = [], []
+        for shift, target, ratio in (
+            (row_shift, row_target, row_weight / weight),
+            (col_shift, col_target, col_weight / weight),
+        ):
+            shift = shift - ratio.log2() - GAIN_BITS
+            terms.append(torch.where(logs.center < torch.inf, (logs.center - shift).exp2(), shift))
+            targets.append(target * (ratio * gain))
+        return (row_loss + col_loss) / 2, logs.center, *terms, *targets, diagonal, weight / (2 * gain)
 
 
 @contrastive_forward.register_fake
 def _(image_units, folded_text_units, logit_scale, image_ids, text_ids, mode):
     n, m = image_units.shape[0], folded_text_units.shape[0]
-    return tuple(image_units.new_empty(shape, dtype=torch.float32) for shape in ((), (n,), (m,), (n,), (m,), ()))
+    shapes = ((), (), (n,), (m,), (n,), (m,), (min(n, m),), ())
+    return tuple(image_units.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
 @torch.library.custom_op("esl_fast::contrastive_backward", mutates_args=(), device_types=DEVICES)
@@ -337,10 +461,12 @@ def contrastive_backward(
     image_ids: Tensor | None,
     text_ids: Tensor | None,
     mode: int,
-    row_shift: Tensor,
-    col_shift: Tensor,
+    center: Tensor,
+    row_terms: Tensor,
+    col_terms: Tensor,
     row_target: Tensor,
     col_target: Tensor,
+    diagonal: Tensor,
     weight: Tensor,
     needs_image: bool,
     needs_text: bool,
@@ -348,7 +474,7 @@ def contrastive_backward(
     """Gradients of image units, text units (of no rows where not needed) and logit scale."""
     n, units = image_units.shape
     m = folded_text_units.shape[0]
-    grad_image = torch.empty_like(image_units[: n if needs_image else 0], memory_format=torch.contiguous_format)
+    grad_image = padded_rows(n if needs_image else 0, units, image_units.dtype, image_units.device)
     if not n or not m:
         grad_text = folded_text_units.new_zeros(m if needs_text else 0, units)
         return grad_image.zero_(), grad_text, torch.zeros_like(logit_scale)
@@ -359,19 +485,24 @@ def contrastive_backward(
         scratch = padded_empty(min(n, CHUNK), m, image_units, image_units.dtype)
         scale_parts = image_units.new_zeros(triton.cdiv(n, CHUNK), plan.programs, dtype=torch.float32)
         text_total = None
+        on_diagonal, beside = _diagonal_gradient(
+            logit_scale, center, row_terms, col_terms, row_target, col_target, diagonal, mode
+        )
         for chunk, first in enumerate(range(0, n, CHUNK)):
             last = min(n, first + CHUNK)
+            gradient = scratch[: last - first]
             programs = min(plan.programs, triton.cdiv(last - first, plan.config.rows) * plan.col_blocks)
             _gradient_kernel[(programs,)](
                 *plan.operands,
                 logit_scale,
-                row_shift,
-                col_shift,
+                center,
+                row_terms,
+                col_terms,
                 row_target,
                 col_target,
                 image_ids,
                 text_ids,
-                scratch,
+                output(plan, gradient),
                 scale_parts[chunk],
                 *plan.sizes,
                 first,
@@ -379,19 +510,46 @@ def contrastive_backward(
                 scratch.stride(0),
                 MODE=mode,
                 GROUP=GROUP,
-                FLATTEN=plan.flatten,
+                FLATTEN=plan.flatten and mode == DIAGONAL,
                 **plan.constants,
                 **launch_options(plan.config),
             )
-            gradient = scratch[: last - first]
+            if mode != POSITIVE:
+                gradient.diagonal(first).copy_(on_diagonal[first:last])
             if needs_image:
                 torch.mul(_product(gradient, folded_text_units), unit_factor, out=grad_image[first:last])
             if needs_text:
                 text_total = _product(gradient.mT, image_units[first:last], text_total)
-        grad_scale = (scale_parts.sum() * factor).to(logit_scale.dtype).reshape(logit_scale.shape)
+        grad_scale = ((scale_parts.sum() - beside) * factor).to(logit_scale.dtype).reshape(logit_scale.shape)
         if text_total is None:
             return grad_image, folded_text_units.new_empty(0, units), grad_scale
         return grad_image, (text_total * unit_factor).to(folded_text_units.dtype), grad_scale
+
+
+def _diagonal_gradient(
+    logit_scale: Tensor,
+    center: Tensor,
+    row_terms: Tensor,
+    col_terms: Tensor,
+    row_target: Tensor,
+    col_target: Tensor,
+    diagonal: Tensor,
+    mode: int,
+) -> tuple[Tensor, Tensor]:
+    """G's diagonal with its targets taken off, which the kernel leaves to us, and the targets times the scores.
+
+    Where ids say what is positive, it does not.
+    """
+    if mode == POSITIVE:
+        return diagonal, diagonal.new_zeros(())
+    logits = diagonal * (logit_scale.to(torch.float32) * LOG2E.value)
+    whole = torch.where(
+        center < torch.inf,
+        (logits - center).exp2() * (row_terms + col_terms),
+        (logits - row_terms).exp2() + (logits - col_terms).exp2(),
+    )
+    targets = row_target + col_target
+    return whole - targets, (targets * diagonal).sum()
 
 
 @contrastive_backward.register_fake
@@ -399,7 +557,7 @@ def _(grad, image_units, folded_text_units, logit_scale, *args):
     needs_image, needs_text = args[-2:]
     (n, units), m = image_units.shape, folded_text_units.shape[0]
     return (
-        image_units.new_empty(n if needs_image else 0, units),
+        padded_rows(n if needs_image else 0, units, image_units.dtype, image_units.device),
         folded_text_units.new_empty(m if needs_text else 0, units),
         torch.empty_like(logit_scale),
     )
@@ -411,7 +569,9 @@ def _product(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
         a, b = a.float(), b.float()
         return torch.mm(a, b) if total is None else total.addmm_(a, b)
     if total is None:
-        return torch.mm(a, b, out_dtype=torch.float32)
+        # cuBLAS wants aligned rows.
+        out = padded_rows(a.shape[0], b.shape[1], torch.float32, a.device)
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
     return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
@@ -493,34 +653,47 @@ def compile_cases() -> list[CompileCase]:
         ("ignore", {"MODE": IGNORE}),
     ]
     ids = {"image_ids": "*i32", "text_ids": "*i32", "logit_scale": "*fp32"}
-    forward = tile_cases(
-        "contrastive_forward_32k",
-        _forward_kernel,
-        {**ids, "row_parts": "*fp32", "col_parts": "*fp32", "row_groups": "i32", "col_groups": "i32"},
-        variants,
-        lambda itemsize: (2.0 * n * n * units, itemsize * 2.0 * n * units),
-        divisible=("row_parts", "col_parts"),
+    groups = {"center": "*fp32", "row_groups": "i32", "col_groups": "i32"}
+    positives = ("row_positives", "col_positives")
+    with_positives = [
+        (name, extra | ({} if name == "positive" else dict.fromkeys(positives))) for name, extra in variants
+    ]
+    sums, online = (
+        tile_cases(
+            f"contrastive_{name}_32k",
+            kernel,
+            {**ids, **groups, **dict.fromkeys((*results, *positives), "*fp32")},
+            with_positives,
+            lambda itemsize: (2.0 * n * n * units, itemsize * 2.0 * n * units),
+            divisible=(*results, *positives),
+        )
+        for name, kernel, results in (
+            ("sums", _sums_kernel, ("row_sums", "col_sums")),
+            ("online", _online_kernel, ("row_parts", "col_parts")),
+        )
     )
-    sides = dict.fromkeys(("row_shift", "col_shift", "row_target", "col_target", "scale_parts"), "*fp32")
+    sides = dict.fromkeys(
+        ("center", "row_terms", "col_terms", "row_target", "col_target", "scale_parts"), "*fp32"
+    )
     gradient = tile_cases(
         "contrastive_gradient_4k_x_32k",
         _gradient_kernel,
-        {**ids, **sides, "grad": "*DTYPE", "first_row": "i32", "last_row": "i32", "grad_row": "i32"},
+        {**ids, **sides, "grad": "OUT", "first_row": "i32", "last_row": "i32", "grad_row": "i32"},
         [(name, {"GROUP": GROUP, **extra}) for name, extra in variants],
         lambda itemsize: (2.0 * CHUNK * n * units, itemsize * (1.0 * (CHUNK + n) * units + CHUNK * n)),
-        divisible=("row_shift", "col_shift", "row_target", "col_target", "grad"),
+        divisible=("row_terms", "col_terms", "row_target", "col_target", "grad"),
     )
     merge = CompileCase(
         name="merge_32k_x_66",
         kernel=_merge_kernel,
-        signature={"parts": "*fp32", "log_sums": "*fp32", "positives": "*fp32", "groups": "i32", "count": "i32"},
+        signature={"parts": "*fp32", "center": "*fp32", "log_sums": "*fp32", "groups": "i32", "count": "i32"},
         constexprs={"BLOCK": MERGE_BLOCK},
         num_warps=4,
         num_stages=3,
-        divisible=("parts", "log_sums", "positives"),
+        divisible=("parts", "log_sums"),
         flops=10.0 * 66 * n,
-        bytes=4.0 * 3 * 66 * n,
+        bytes=4.0 * 2 * 66 * n,
         precision="fp32",
         options={"enable_fp_fusion": True},
     )
-    return [*forward, *gradient, merge]
+    return [*sums, *online, *gradient, merge]

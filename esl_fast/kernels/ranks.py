@@ -1,12 +1,12 @@
 """Retrieval ranks both ways without the matrix: scores of the positives first, then one counting pass.
 
-Both kernels take their tiles from the same main loop with the same plan, so a positive counted again is bitwise the
-score it is compared with, and a tie is a tie. The first computes only tiles that hold a positive: with captions in
-the order of their images some (N / ROWS + M / COLS) of them, in random order as many as the second. Counts are
-integers, so adding them atomically is deterministic.
+A positive counted again is bitwise the score it is compared with (see `paired`), so a tie is a tie. A program walks
+down columns and keeps what it counts for them in registers, each thread for its own rows; rows are counted by an
+atomic each and tile. Counts are integers, so adding them atomically is deterministic.
 
 Paper: 2 N M U FLOP and (N + M) U read. COCO 5K (5,000 x 25,000 x 1,022, bf16): 255 GFLOP, 323 us at 790 TFLOP/s, and
-61 MB, 13 us at 4.8 TB/s: bound by arithmetic. A tile of 128 x 256 adds 384 atomics to its 67 MFLOP.
+61 MB, 13 us at 4.8 TB/s: bound by arithmetic. On top of its 16,384 cycles of wgmma a tile of 128 x 256 takes some 6
+instructions a score, 1,536 cycles.
 """
 
 import torch
@@ -16,83 +16,73 @@ from torch import Tensor
 
 from esl_fast.kernels._common import on_device_of
 from esl_fast.kernels.inspect import CompileCase
+from esl_fast.kernels.paired import paired_scores
 from esl_fast.kernels.similarity import DEVICES
 from esl_fast.kernels.tile import (
-    GROUP,
     check_operands,
-    eighths,
     launch_options,
     make_plan,
+    quarters,
+    sum_own_rows,
+    sweep_length,
+    sweeps,
     tile_cases,
-    tile_origin,
     tile_product,
 )
 
 
-@triton.jit(do_not_specialize=["n", "m", "units"])
-def _positive_kernel(
-    a, b, owners, positives, n, m, units, a_row, a_unit, b_row, b_unit,
-    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """Score of each caption with its image, for the captions whose image lies in this program's row block."""
-    row_blocks = tl.cdiv(n, ROWS).to(tl.int64)
-    col_blocks = tl.cdiv(m, COLS).to(tl.int64)
-    r = tl.arange(0, ROWS)
-    all_cols = tl.arange(0, COLS)
-    c = tl.arange(0, COLS // 8)
-    for tile in range(tl.program_id(0).to(tl.int64), row_blocks * col_blocks, tl.num_programs(0)):
-        row, first_col = tile_origin(tile, row_blocks, col_blocks, ROWS, COLS, GROUP)
-        every_owner = tl.load(owners + first_col + all_cols, mask=all_cols < m - first_col, other=-1)
-        if tl.max(((every_owner >= row) & (every_owner < row + ROWS)).to(tl.int32), 0) > 0:
-            scores = tile_product(
-                a, b, row, first_col, n, m, units, a_row, a_unit, b_row, b_unit,
-                ROWS, COLS, DEPTH, TMA, PRECISION, UPCAST,
-            )  # fmt: skip
-            parts = eighths(scores)
-            for eighth in tl.static_range(8):
-                col = first_col + eighth * (COLS // 8)
-                owner = tl.load(owners + col + c, mask=c < m - col, other=-1)
-                here = (owner >= row) & (owner < row + ROWS)
-                mine = r[:, None] == (owner - row)[None, :]
-                tl.store(positives + col + c, tl.sum(tl.where(mine, parts[eighth], 0.0), 0), mask=here)
-
-
-@triton.jit(do_not_specialize=["n", "m", "units"])
+@triton.jit(do_not_specialize=["n", "m", "units", "row_groups", "col_groups"])
 def _count_kernel(
-    a, b, row_bars, col_bars, row_counts, col_counts, n, m, units, a_row, a_unit, b_row, b_unit,
-    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    a, b, row_bars, col_bars, row_counts, col_counts, n, m, units, a_row, a_unit, b_row, b_unit, row_groups, col_groups,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """How many scores of each row and column are not known to lie below its bar."""
-    row_blocks = tl.cdiv(n, ROWS).to(tl.int64)
-    col_blocks = tl.cdiv(m, COLS).to(tl.int64)
+    """How many scores of each row and column lie below its bar."""
+    row_group = tl.program_id(0).to(tl.int64) // col_groups
+    col_group = tl.program_id(0).to(tl.int64) % col_groups
+    sweep = sweep_length(tl.cdiv(n, ROWS), row_group, row_groups)
+    tiles = sweep * sweep_length(tl.cdiv(m, COLS), col_group, col_groups)
     r = tl.arange(0, ROWS)
-    c = tl.arange(0, COLS // 8)
-    first = tl.program_id(0).to(tl.int64)
-    for tile in tl.range(first, row_blocks * col_blocks, tl.num_programs(0), flatten=FLATTEN):
-        row, first_col = tile_origin(tile, row_blocks, col_blocks, ROWS, COLS, GROUP)
+    c = tl.arange(0, COLS // 4)
+    # Counts of two columns in one register, 16 bits each: a sweep is shorter than 2^15 tiles.
+    left = tl.zeros((8 * WARPS, COLS // 4), tl.int32)
+    right = tl.zeros((8 * WARPS, COLS // 4), tl.int32)
+    for tile in tl.range(0, tiles, flatten=FLATTEN):
+        row = (row_group + tile % sweep * row_groups) * ROWS
+        col = (col_group + tile // sweep * col_groups) * COLS
         scores = tile_product(
-            a, b, row, first_col, n, m, units, a_row, a_unit, b_row, b_unit,
+            a, b, row, col, n, m, units, a_row, a_unit, b_row, b_unit,
             ROWS, COLS, DEPTH, TMA, PRECISION, UPCAST,
         )  # fmt: skip
         row_live = r < n - row
         row_bar = tl.load(row_bars + row + r, mask=row_live, other=0.0)
-        reached = tl.zeros((ROWS,), tl.int32)
-        parts = eighths(scores)
-        for eighth in tl.static_range(8):
-            col = first_col + eighth * (COLS // 8)
-            score = parts[eighth]
-            live = row_live[:, None] & (c < m - col)[None, :]
-            col_bar = tl.load(col_bars + col + c, mask=c < m - col, other=0.0)
+        row_below = tl.zeros((ROWS,), tl.int32)
+        parts = quarters(scores)
+        for part in tl.static_range(4):
+            at = col + part * (COLS // 4) + c
+            score = parts[part]
+            if row + ROWS > n:
+                score = tl.where(row_live[:, None], score, float("nan"))
+            col_bar = tl.load(col_bars + at, mask=at < m, other=0.0)
             # Asking what lies below, a NaN score or bar counts against the model; so does a score of -inf.
-            real = score > float("-inf")
-            below_row = (score < row_bar[:, None]) & real
-            below_col = (score < col_bar[None, :]) & real
-            reached += tl.sum((live & (below_row == 0)).to(tl.int32), 1)
-            col_reached = tl.sum((live & (below_col == 0)).to(tl.int32), 0)
-            tl.atomic_add(col_counts + col + c, col_reached, mask=c < m - col, sem="relaxed")
-        tl.atomic_add(row_counts + row + r, reached, mask=row_live, sem="relaxed")
+            real = score > tl.where(at < m, float("-inf"), float("inf"))[None, :]
+            row_below += tl.sum(((score < row_bar[:, None]) & real).to(tl.int32), 1)
+            below = sum_own_rows(((score < col_bar[None, :]) & real).to(tl.int32), WARPS)
+            if part < 2:
+                left += below << (16 * part)
+            else:
+                right += below << (16 * (part - 2))
+        tl.atomic_add(row_counts + row + r, row_below, mask=row_live, sem="relaxed")
+        last = tile % sweep == sweep - 1
+        if last:
+            for part in tl.static_range(4):
+                at = col + part * (COLS // 4) + c
+                packed = left if part < 2 else right
+                counts = tl.sum((packed >> (16 * (part % 2))) & 0xFFFF, 0)
+                tl.atomic_add(col_counts + at, counts, mask=at < m, sem="relaxed")
+        going_on = 1 - last.to(tl.int32)  # a product: selecting zeros here crashes Triton 3.6
+        left *= going_on
+        right *= going_on
 
 
 @torch.library.custom_op("esl_fast::retrieval_ranks", mutates_args=(), device_types=DEVICES)
@@ -114,28 +104,29 @@ def retrieval_ranks(image_units: Tensor, folded_text_units: Tensor, owners: Tens
     with on_device_of(image_units):
         owners = owners.long().contiguous()
         plan = make_plan(image_units, folded_text_units)
-        programs = min(plan.programs, plan.row_blocks * plan.col_blocks)
-        options = {"GROUP": GROUP, **plan.constants, **launch_options(plan.config)}
-        positives = image_units.new_full((m,), torch.nan, dtype=torch.float32)
-        _positive_kernel[(programs,)](*plan.operands, owners, positives, *plan.sizes, **options)
-
+        positives = paired_scores(plan, image_units, folded_text_units, owners)
         finite = positives.isfinite()
         best = positives.new_full((n,), -torch.inf)
         best.scatter_reduce_(0, owners, torch.where(finite, positives, -torch.inf), "amax")
-        row_counts = owners.new_zeros(n, dtype=torch.int32)
-        col_counts = owners.new_zeros(m, dtype=torch.int32)
-        _count_kernel[(programs,)](
+        below = owners.new_zeros(n + m, dtype=torch.int32)
+        row_groups, col_groups = sweeps(plan)
+        _count_kernel[(row_groups * col_groups,)](
             *plan.operands,
             best,
             torch.where(finite, positives, torch.nan),
-            row_counts,
-            col_counts,
+            below[:n],
+            below[n:],
             *plan.sizes,
+            row_groups,
+            col_groups,
+            WARPS=plan.warps,
             FLATTEN=plan.flatten,
-            **options,
+            **plan.constants,
+            **launch_options(plan.config),
         )
+        # What does not lie below reaches the bar: the others and the positive itself.
         owned = torch.zeros_like(best, dtype=torch.bool).scatter_(0, owners, True)
-        return torch.where(owned, row_counts.long() - 1, m), col_counts.long() - 1
+        return torch.where(owned, m - 1 - below[:n].long(), m), n - 1 - below[n:].long()
 
 
 @retrieval_ranks.register_fake
@@ -146,20 +137,15 @@ def _(image_units, folded_text_units, owners):
 
 def compile_cases() -> list[CompileCase]:
     n, m, units = 5_000, 25_000, 1_022  # COCO 5K
-    positive = tile_cases(
-        "positive_5k",
-        _positive_kernel,
-        {"owners": "*i64", "positives": "*fp32"},
-        [("", {"GROUP": GROUP})],
-        lambda itemsize: (2.0 * 256 * m * units, itemsize * (n + m) * units + 12.0 * m),
-        divisible=("owners", "positives"),
-    )
-    count = tile_cases(
+    return tile_cases(
         "count_5k",
         _count_kernel,
-        {"row_bars": "*fp32", "col_bars": "*fp32", "row_counts": "*i32", "col_counts": "*i32"},
-        [("", {"GROUP": GROUP})],
+        {
+            **dict.fromkeys(("row_bars", "col_bars"), "*fp32"),
+            **dict.fromkeys(("row_counts", "col_counts"), "*i32"),
+            **dict.fromkeys(("row_groups", "col_groups"), "i32"),
+        },
+        [("", {})],
         lambda itemsize: (2.0 * n * m * units, itemsize * (n + m) * units + 8.0 * (n + m)),
-        divisible=("row_bars", "col_bars", "row_counts", "col_counts"),
+        divisible=("row_bars", "col_bars"),
     )
-    return [*positive, *count]

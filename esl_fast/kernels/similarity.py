@@ -19,6 +19,8 @@ from esl_fast.kernels.tile import (
     check_operands,
     launch_options,
     make_plan,
+    output,
+    quarters,
     tile_cases,
     tile_origin,
     tile_product,
@@ -45,11 +47,17 @@ def _similarity_kernel(
             a, b, row, col, n, m, units, a_row, a_unit, b_row, b_unit,
             ROWS, COLS, DEPTH, TMA, PRECISION, UPCAST,
         )  # fmt: skip
-        r = tl.arange(0, ROWS)
-        c = tl.arange(0, COLS)
-        inside = (r < n - row)[:, None] & (c < stride - col)[None, :]
-        start = out + row * stride + col
-        tl.store(start + r[:, None] * stride + c[None, :], scores.to(out.dtype.element_ty), mask=inside)
+        if TMA:
+            parts = quarters(scores)
+            for part in tl.static_range(4):
+                at = (col + part * (COLS // 4)).to(tl.int32)
+                out.store([row.to(tl.int32), at], parts[part].to(out.dtype))
+        else:
+            r = tl.arange(0, ROWS)
+            c = tl.arange(0, COLS)
+            inside = (r < n - row)[:, None] & (c < stride - col)[None, :]
+            start = out + row * stride + col
+            tl.store(start + r[:, None] * stride + c[None, :], scores.to(out.dtype.element_ty), mask=inside)
 
 
 def padded_empty(n: int, m: int, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -62,7 +70,7 @@ def write_similarity(plan: Plan, out: Tensor) -> None:
     programs = min(plan.programs, plan.row_blocks * plan.col_blocks)
     _similarity_kernel[(programs,)](
         *plan.operands,
-        out,
+        output(plan, out),
         *plan.sizes,
         out.stride(0),
         GROUP=GROUP,
@@ -118,7 +126,7 @@ def compile_cases() -> list[CompileCase]:
     return tile_cases(
         "similarity_5k",
         _similarity_kernel,
-        {"out": "*DTYPE", "out_row": "i32"},
+        {"out": "OUT", "out_row": "i32"},
         [("", {"GROUP": GROUP})],
         lambda itemsize: (2.0 * n * m * units, itemsize * ((n + m) * units + n * m)),
         divisible=("out",),

@@ -100,22 +100,44 @@ def tile_origin(tile, row_blocks, col_blocks, ROWS: tl.constexpr, COLS: tl.const
 
 
 @triton.jit
+def sweep_length(blocks, group, groups):
+    """How many of ``blocks`` blocks are number ``group`` modulo ``groups``."""
+    return (blocks - group + groups - 1) // groups
+
+
+@triton.jit
+def sum_own_rows(tile, WARPS: tl.constexpr):
+    """The columns' sums over the rows that one thread holds: a sixteenth of the way, without any exchange.
+
+    Warps lie along the rows, 16 of these apart, and a thread holds rows r and r + 8 of a warp's 16. Elsewhere the
+    layout differs, and this is merely a sum over some rows.
+    """
+    parts = tl.reshape(tile, (tile.shape[0] // (16 * WARPS), WARPS, 2, 8, tile.shape[1]))
+    return tl.reshape(tl.sum(tl.sum(parts, 2), 0), (8 * WARPS, tile.shape[1]))
+
+
+@triton.jit
 def halves(tile):
     """Left and right half of the columns; the halves stay in the registers they are in."""
     return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
 
 
 @triton.jit
-def eighths(tile):
-    """The columns in eight parts. An epilogue with several values a column spills if it takes them all at once."""
+def quarters(tile):
+    """The columns in four parts. An epilogue with several values a column spills if it takes them all at once."""
     left, right = halves(tile)
     a, b = halves(left)
     c, d = halves(right)
-    a0, a1 = halves(a)
-    b0, b1 = halves(b)
-    c0, c1 = halves(c)
-    d0, d1 = halves(d)
-    return a0, a1, b0, b1, c0, c1, d0, d1
+    return a, b, c, d
+
+
+@triton.jit
+def eighths(tile):
+    """The columns in eight parts."""
+    left, right = halves(tile)
+    a, b, c, d = quarters(left)
+    e, f, g, h = quarters(right)
+    return a, b, c, d, e, f, g, h
 
 
 @dataclass(frozen=True)
@@ -136,12 +158,33 @@ class Plan:
         return self.constants["TMA"] and not INTERPRETING
 
     @property
+    def warps(self) -> int:
+        """WARPS of :func:`sum_own_rows`."""
+        return warps_along_rows(self.config)
+
+    @property
     def row_blocks(self) -> int:
         return triton.cdiv(self.n, self.config.rows)
 
     @property
     def col_blocks(self) -> int:
         return triton.cdiv(self.m, self.config.cols)
+
+
+def sweeps(plan: Plan) -> tuple[int, int]:
+    """Row and column groups for kernels that walk down columns, one program a pair of groups.
+
+    The split that leaves the fullest program the fewest tiles; of equal ones that with the fewest row groups, since
+    a part of the columns' result is kept for each.
+    """
+    rows, cols, programs = plan.row_blocks, plan.col_blocks, plan.programs
+
+    def cost(col_groups: int) -> tuple[int, int]:
+        row_groups = max(1, min(rows, programs // col_groups))
+        return triton.cdiv(rows, row_groups) * triton.cdiv(cols, col_groups), row_groups
+
+    col_groups = min(range(1, min(cols, programs) + 1), key=cost)
+    return cost(col_groups)[1], col_groups
 
 
 def make_plan(a: Tensor, b: Tensor, *, tma: bool | None = None) -> Plan:
@@ -201,6 +244,10 @@ def tile_constants(config: TileConfig, precision: str, *, tma: bool, upcast: boo
     }
 
 
+def warps_along_rows(config: TileConfig) -> int:
+    return min(config.num_warps, config.rows // 16)
+
+
 def launch_options(config: TileConfig) -> dict[str, Any]:
     """Launch options; products may be fused into sums everywhere here, which Triton's default will stop doing."""
     return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
@@ -217,6 +264,11 @@ def tma_ready(x: Tensor) -> bool:
     """Whether a TMA descriptor can read ``x``: units contiguous, base and row stride multiples of 16 bytes."""
     row, unit = x.stride()
     return unit == 1 and row > 0 and row * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0 and x.shape[1] > 0
+
+
+def output(plan: Plan, out: Tensor) -> Any:
+    """``out``, in aligned rows, as kernels take it that write a quarter of a tile at a time."""
+    return descriptor(out, plan.config.rows, plan.config.cols // 4) if plan.constants["TMA"] else out
 
 
 def descriptor(x: Tensor, rows: int, depth: int) -> TensorDescriptor:
@@ -259,7 +311,8 @@ def tile_cases(
 ) -> list[CompileCase]:
     """Cases of an all-pairs kernel, one for every configuration in use.
 
-    ``arguments`` holds the types of what the kernel takes beside the operands of :func:`tile_product`, ``constants``
+    ``arguments`` holds the types of what the kernel takes beside the operands of :func:`tile_product` (``"OUT"``: what
+    it writes a quarter of a tile at a time, see :func:`output`), ``constants``
     the kernel's own constexprs by variant name (in 16 bits; the first one in float32 as well), ``work(itemsize)`` its
     FLOPs and bytes.
     """
@@ -276,21 +329,28 @@ def tile_cases(
                         "b": f"tensordesc<{dtype}[{config.cols}, {config.depth}]>",
                     }
                 flops, moved = work(2 if dtype == "bf16" else 4)
+                out = f"tensordesc<{dtype}[{config.rows}, {config.cols // 4}]>" if tma else f"*{dtype}"
+                others = {name: out if kind == "OUT" else kind for name, kind in arguments.items()}
                 found += [
                     CompileCase(
                         name="_".join(filter(None, (name, variant, precision, "tma" if tma else "pointer"))),
                         kernel=kernel,
-                        signature={**operands, **sizes, **{k: v.replace("DTYPE", dtype) for k, v in arguments.items()}},
+                        signature={**operands, **sizes, **others},
                         constexprs={
                             "a_unit": 1,
                             "b_unit": 1,
                             **tile_constants(config, precision, tma=tma),
                             **({"FLATTEN": tma} if "FLATTEN" in kernel.arg_names else {}),
+                            **({"WARPS": warps_along_rows(config)} if "WARPS" in kernel.arg_names else {}),
                             **extra,
                         },
                         num_warps=config.num_warps,
                         num_stages=config.num_stages,
-                        divisible=(*(() if tma else ("a", "b")), "a_row", "b_row", *divisible),
+                        divisible=tuple(
+                            name
+                            for name in ("a", "b", "a_row", "b_row", *divisible)
+                            if not (operands | others).get(name, "").startswith("tensordesc")
+                        ),
                         wants_wgmma=target == "sm_90" and precision != "fp32",
                         flops=flops,
                         bytes=moved,

@@ -59,8 +59,13 @@ SHAPES = [
 ]
 
 
+@pytest.fixture(params=[0, 1 << 60], ids=["centered", "online"])
+def either_pass(request, monkeypatch):
+    monkeypatch.setattr(contrastive, "CENTERED_FROM", request.param)
+
+
 @pytest.mark.parametrize(("mode", "n", "m", "width"), SHAPES)
-def test_matches_float64(mode, n, m, width, device, poison):
+def test_matches_float64(mode, n, m, width, device, poison, either_pass):
     inputs, args = case(mode, n, m, width, device)
     value, grads = run(contrastive_loss, inputs, *args)
     expected, expected_grads = run(by_definition, [x.double() for x in inputs], *args)
@@ -75,7 +80,7 @@ def test_matches_float64(mode, n, m, width, device, poison):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("mode", ["diagonal", "positive"])
-def test_16_bits_beat_the_naive_path(mode, dtype, device, poison):
+def test_16_bits_beat_the_naive_path(mode, dtype, device, poison, either_pass):
     inputs, args = case(mode, 90, 90, 126, device, dtype)
     value, grads = run(contrastive_loss, inputs, *args)
     exact, exact_grads = run(by_definition, [x.double() for x in inputs], *args)
@@ -86,7 +91,7 @@ def test_16_bits_beat_the_naive_path(mode, dtype, device, poison):
         assert error(grad, wanted) < error(plain, wanted)
 
 
-def test_small_weights_survive_float16(device):
+def test_small_weights_survive_float16(device, either_pass):
     """Gradients of a batch whose probabilities, over the batch size, are below float16's smallest number."""
     inputs, _ = case("diagonal", 130, 130, 20, device, torch.float16)
     inputs = (inputs[0], inputs[1], torch.tensor(1e-3, device=device))
@@ -95,7 +100,7 @@ def test_small_weights_survive_float16(device):
     assert error(grads[2], expected[2]) < 1e-4
 
 
-def test_large_logits(device):
+def test_large_logits(device, either_pass):
     inputs, args = case("diagonal", 70, 70, 61, device)
     inputs = (inputs[0] * 30, inputs[1], torch.tensor(100.0, device=device))
     value, grads = run(contrastive_loss, inputs, *args)
@@ -104,9 +109,10 @@ def test_large_logits(device):
     assert all(error(g, e) < 2e-4 for g, e in zip(grads, expected_grads, strict=True))  # logits of 1e4, eps 1e-3
 
 
-def test_several_chunks(device, monkeypatch):
+@pytest.mark.parametrize(("mode", "m"), [("positive", 131), ("diagonal", 70), ("ignore", 70)])
+def test_several_chunks(mode, m, device, monkeypatch, either_pass):
     monkeypatch.setattr(contrastive, "CHUNK", 32)
-    inputs, args = case("positive", 70, 131, 61, device)
+    inputs, args = case(mode, 70, m, 61, device)
     _, grads = run(contrastive_loss, inputs, *args)
     _, expected = run(by_definition, [x.double() for x in inputs], *args)
     assert all(error(g, e) < 3e-6 for g, e in zip(grads, expected, strict=True))
@@ -154,7 +160,7 @@ def test_rows_beyond_int32(device):
 
 
 @pytest.mark.parametrize("mode", ["diagonal", "positive"])
-def test_a_nan_shows(mode, device):
+def test_a_nan_shows(mode, device, either_pass):
     inputs, args = case(mode, 70, 70, 20, device)
     inputs[0][3, 3] = torch.nan
     assert contrastive_loss(*inputs, *args).isnan()
