@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks import environment
 
 HEADER = (
-    "case", "by", "median ms", "p20", "p80", "TFLOP/s", "of limit", "ours is faster", "peak MB", "parity",
+    "case", "by", "median ms", "p20", "p80", "wall ms", "TFLOP/s", "of limit", "ours is faster", "peak MB", "parity",
 )  # fmt: skip
 
 
@@ -22,11 +22,11 @@ def succeeded(result: dict) -> bool:
 
 def lines(results: Iterable[dict]) -> list[str]:
     """A markdown table: a line for each case and competitor."""
-    rows = [HEADER, ("---", "---", *["---:"] * 7, "---")]
+    rows = [HEADER, ("---", "---", *["---:"] * 8, "---")]
     for result in results:
         name = result["case"]
         if "failed" in result or not result["parity"]["holds"]:
-            rows.append((name, "ours", *[""] * 7, result.get("failed") or _parity(result)))
+            rows.append((name, "ours", *[""] * 8, result.get("failed") or _parity(result)))
             continue
         for competitor in result["competitors"] or ("ours",):
             rows.append((name, *_cells(result, competitor)))
@@ -42,18 +42,24 @@ def _cells(result: dict, competitor: str) -> tuple[str, ...]:
     )
     parity = _parity(result) if competitor == "ours" else ""
     if "median" not in measured:
-        return (competitor, measured.get("failed", ""), *[""] * 5, memory, parity)
+        return (competitor, measured.get("failed", ""), *[""] * 6, memory, parity)
     median = measured["median"]
     limit = result["competitors"].get("limit", {}).get("median")
     return (
         competitor,
         *(f"{1e3 * measured[key]:,.3f}" for key in ("median", "p20", "p80")),
+        f"{1e3 * measured['wall']:,.3f}" if measured.get("wall") else "",
         f"{result['flops'] / median / 1e12:.3g}",
         f"{100 * limit / median:.1f}%" if limit else "",
-        f"{median / ours['median']:.2f}x" if competitor not in ("ours", "limit") and "median" in ours else "",
+        f"{_seen(measured) / _seen(ours):.2f}x" if competitor not in ("ours", "limit") and "median" in ours else "",
         memory,
         parity,
     )
+
+
+def _seen(measured: dict) -> float:
+    """Seconds that a caller sees."""
+    return measured.get("wall") or measured["median"]
 
 
 def _parity(result: dict) -> str:

@@ -99,7 +99,7 @@ def test_competitors_take_turns():
 
     def once(run):
         run()
-        return seconds[calls[-1]]
+        return timing.Sample(seconds[calls[-1]])
 
     outcomes = timing.interleaved(runs, once, 40.0)
     assert outcomes["broken"] == {"failed": "ZeroDivisionError: division by zero"}

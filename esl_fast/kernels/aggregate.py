@@ -18,19 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import INTERPRETING, on_device_of
+from ._common import on_device_of, padded_rows
+from ._op import op
 from .inspect import CompileCase
 from .select import Selection, adaptive_dims, locate, selection_dims
 
 EPS = tl.constexpr(1e-8)
-DEVICES = ("cuda", "cpu") if INTERPRETING else "cuda"
 CHAINS = ("normalized", "raw")
 MAX_SAMPLES = 32768  # a launch of the adaptive forward, whose scratch memory this bounds (128 MB for 1,020 units)
-
-
-def padded_rows(n: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An empty ``(n, width)`` in rows padded to a multiple of 64 elements: base and rows are aligned for TMA."""
-    return torch.empty((n, triton.cdiv(width, 64) * 64), dtype=dtype, device=device)[:, :width]
 
 
 @triton.jit
@@ -223,7 +218,7 @@ def _check_chain(chain: str) -> bool:
     return chain == "raw"
 
 
-@torch.library.custom_op("esl_fast::aggregate_heuristic", mutates_args=(), device_types=DEVICES)
+@op("aggregate_heuristic")
 def _aggregate_heuristic(x: Tensor, taps: Tensor, chain: str, normalize: bool) -> Tensor:
     raw = _check_chain(chain)
     constants, warps = _heuristic_config(x.shape[1], taps.shape[1], taps.shape[0])
@@ -245,7 +240,7 @@ def _(x: Tensor, taps: Tensor, chain: str, normalize: bool) -> Tensor:
     return padded_rows(x.shape[0], constants["OFFSETS"][-1], x.dtype, x.device)
 
 
-@torch.library.custom_op("esl_fast::aggregate_heuristic_backward", mutates_args=(), device_types=DEVICES)
+@op("aggregate_heuristic_backward")
 def _aggregate_heuristic_backward(
     grad: Tensor, x: Tensor, taps: Tensor, chain: str, normalize: bool
 ) -> tuple[Tensor, Tensor]:
@@ -467,7 +462,7 @@ def _transposed(units: int, samples: int, device: torch.device) -> Tensor:
     return torch.empty((units, triton.cdiv(samples, 16) * 16), dtype=torch.float32, device=device)
 
 
-@torch.library.custom_op("esl_fast::aggregate_adaptive", mutates_args=(), device_types=DEVICES)
+@op("aggregate_adaptive")
 def _aggregate_adaptive(
     x: Tensor, weights: list[Tensor], selection: list[Tensor], chain: str, normalize: bool
 ) -> Tensor:
@@ -493,7 +488,7 @@ def _(x: Tensor, weights: list[Tensor], selection: list[Tensor], chain: str, nor
     return padded_rows(x.shape[0], sum(adaptive_dims(weights)), x.dtype, x.device)
 
 
-@torch.library.custom_op("esl_fast::aggregate_adaptive_backward", mutates_args=(), device_types=DEVICES)
+@op("aggregate_adaptive_backward")
 def _aggregate_adaptive_backward(
     grad: Tensor, x: Tensor, selection: list[Tensor], dims: list[int], chain: str, normalize: bool, to_weights: bool
 ) -> tuple[Tensor, Tensor]:

@@ -24,11 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from esl_fast.kernels._common import on_device_of
-from esl_fast.kernels.aggregate import padded_rows
+from esl_fast.kernels._common import on_device_of, padded_rows
+from esl_fast.kernels._op import op
 from esl_fast.kernels.inspect import CompileCase
 from esl_fast.kernels.paired import paired_scores
-from esl_fast.kernels.similarity import DEVICES, padded_empty
 from esl_fast.kernels.tile import (
     GROUP,
     Plan,
@@ -254,8 +253,8 @@ def _merge_kernel(parts, center, log_sums, groups, count, BLOCK: tl.constexpr):
         other = tl.load(part, mask=live, other=float("-inf"))
         other_sum = tl.load(part + plane, mask=live, other=0.0)
         new = tl.maximum(largest, other)
-        shift = tl.where(new == float("-inf"), 0.0, new)
-        total = total * tl.exp2(largest - shift) + other_sum * tl.exp2(other - shift)
+        base = tl.where(new == float("-inf"), 0.0, new)
+        total = total * tl.exp2(largest - base) + other_sum * tl.exp2(other - base)
         largest = new
     tl.store(log_sums + items, largest + tl.log2(tl.where(live, total, 1.0)), mask=live)
 
@@ -405,7 +404,7 @@ def _logs(
     return _Logs(center, row_logs, col_logs, row_positives.sum(0), col_positives.sum(0))
 
 
-@torch.library.custom_op("esl_fast::contrastive_forward", mutates_args=(), device_types=DEVICES)
+@op("contrastive_forward")
 def contrastive_forward(
     image_units: Tensor,
     folded_text_units: Tensor,
@@ -452,7 +451,7 @@ def _(image_units, folded_text_units, logit_scale, image_ids, text_ids, mode):
     return tuple(image_units.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
-@torch.library.custom_op("esl_fast::contrastive_backward", mutates_args=(), device_types=DEVICES)
+@op("contrastive_backward")
 def contrastive_backward(
     grad: Tensor,
     image_units: Tensor,
@@ -482,7 +481,7 @@ def contrastive_backward(
         plan = make_plan(image_units, folded_text_units)
         factor = grad.to(torch.float32) * weight
         unit_factor = factor * logit_scale.to(torch.float32)
-        scratch = padded_empty(min(n, CHUNK), m, image_units, image_units.dtype)
+        scratch = padded_rows(min(n, CHUNK), m, image_units.dtype, image_units.device)
         scale_parts = image_units.new_zeros(triton.cdiv(n, CHUNK), plan.programs, dtype=torch.float32)
         text_total = None
         on_diagonal, beside = _diagonal_gradient(

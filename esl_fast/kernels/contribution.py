@@ -18,12 +18,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._common import INTERPRETING, on_device_of
-from .aggregate import padded_rows
+from ._common import INTERPRETING, on_device_of, padded_rows
+from ._op import op
 from .inspect import CompileCase
 from .select import locate
 
-DEVICES = ("cuda", "cpu") if INTERPRETING else "cuda"
 SIDES = ("text", "image")
 
 
@@ -104,7 +103,7 @@ def _degrees_constants(w: Tensor, sigmoid_gate: bool, sharp: bool, mean: bool) -
     }
 
 
-@torch.library.custom_op("esl_fast::degrees_scales", mutates_args=(), device_types=DEVICES)
+@op("degrees_scales")
 def _degrees_scales(
     w: Tensor, temp_scale_1: Tensor, temp_scale_2: Tensor, sigmoid_gate: bool, sharp: bool, mean: bool
 ) -> Tensor:
@@ -124,7 +123,7 @@ def _(
     return torch.empty(w.shape, dtype=torch.float32, device=w.device)
 
 
-@torch.library.custom_op("esl_fast::degrees_scales_backward", mutates_args=(), device_types=DEVICES)
+@op("degrees_scales_backward")
 def _degrees_scales_backward(
     grad: Tensor,
     w: Tensor,
@@ -473,7 +472,7 @@ def _check_side(side: str) -> bool:
     return side == "image"
 
 
-@torch.library.custom_op("esl_fast::fold", mutates_args=(), device_types=DEVICES)
+@op("fold")
 def _fold(units: Tensor, matrices: list[Tensor], scales: Tensor, side: str) -> Tensor:
     image = _check_side(side)
     dims = _matrix_dims(matrices, units)
@@ -485,7 +484,7 @@ def _(units: Tensor, matrices: list[Tensor], scales: Tensor, side: str) -> Tenso
     return padded_rows(units.shape[0], units.shape[1], units.dtype, units.device)
 
 
-@torch.library.custom_op("esl_fast::fold_backward", mutates_args=(), device_types=DEVICES)
+@op("fold_backward")
 def _fold_backward(
     grad: Tensor, units: Tensor, matrices: list[Tensor], scales: Tensor, side: str
 ) -> tuple[Tensor, Tensor, Tensor]:

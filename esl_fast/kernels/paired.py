@@ -17,18 +17,20 @@ from esl_fast.kernels.inspect import TARGETS, CompileCase
 from esl_fast.kernels.tile import Plan, dot_precision, launch_options, tile_config, tile_constants
 
 PAIRS = 64
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 @triton.jit(do_not_specialize=["pairs", "units"])
 def _paired_kernel(
-    a, b, owners, scores, pairs, units, a_row, a_unit, b_row, b_unit,
-    PAIRS: tl.constexpr, DEPTH: tl.constexpr, OWNERS: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    a, b, owners, scores, best, pairs, units, a_row, a_unit, b_row, b_unit,
+    PAIRS: tl.constexpr, DEPTH: tl.constexpr, OWNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
+    """With ``OWNED``, scores that are not finite become NaN, and ``best`` takes each image's highest; there they count
+    as the lowest finite number."""
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     live = pair < pairs
     image = pair
-    if OWNERS:
+    if OWNED:
         image = tl.load(owners + pair, mask=live, other=0).to(tl.int64)
     x_row = a + tl.where(live, image, 0)[:, None] * a_row
     y_row = b + tl.where(live, pair, 0)[:, None] * b_row
@@ -44,27 +46,49 @@ def _paired_kernel(
         acc = tl.dot(x, y.T, acc, input_precision=PRECISION)
     index = tl.arange(0, PAIRS)
     own = tl.sum(tl.where(index[:, None] == index[None, :], acc, 0.0), 0)
+    if OWNED:
+        finite = tl.abs(own) < float("inf")
+        own = tl.where(finite, own, float("nan"))
+        tl.atomic_max(best + image, tl.where(finite, own, LOWEST), mask=live, sem="relaxed")
     tl.store(scores + pair, own, mask=live)
 
 
-def paired_scores(plan: Plan, images: Tensor, texts: Tensor, owners: Tensor | None = None) -> Tensor:
-    """``images[owners] . texts`` by row, ``(M,)`` float32; without owners row i meets row i, up to the shorter side.
+def paired_scores(plan: Plan, images: Tensor, texts: Tensor) -> Tensor:
+    """Scores ``(min(N, M),)``, float32, of image i with text i.
 
     ``plan`` is that of the all-pairs product with whose scores these are to be compared.
     """
-    pairs = min(images.shape[0], texts.shape[0]) if owners is None else texts.shape[0]
-    scores = torch.empty(pairs, dtype=torch.float32, device=texts.device)
-    constants = {key: plan.constants[key] for key in ("DEPTH", "PRECISION", "UPCAST")}
-    _paired_kernel[(triton.cdiv(pairs, PAIRS),)](
-        images, texts, owners, scores, pairs, images.shape[1], *images.stride(), *texts.stride(),
-        PAIRS=PAIRS, OWNERS=owners is not None, **constants, **launch_options(plan.config) | {"num_warps": 4},
-    )  # fmt: skip
+    scores = torch.empty(min(images.shape[0], texts.shape[0]), dtype=torch.float32, device=texts.device)
+    _launch(plan, images, texts, None, scores, None)
     return scores
+
+
+def owned_scores(plan: Plan, images: Tensor, texts: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
+    """Best score of each image among its own texts, and of each text with its image ``owners (M,)``, float32.
+
+    A text's score that is not finite is NaN. An image none of whose scores is finite has the lowest finite number, one
+    without texts -inf.
+    """
+    scores = torch.empty(texts.shape[0], dtype=torch.float32, device=texts.device)
+    best = torch.full((images.shape[0],), -torch.inf, dtype=torch.float32, device=texts.device)
+    _launch(plan, images, texts, owners, scores, best)
+    return best, scores
+
+
+def _launch(
+    plan: Plan, images: Tensor, texts: Tensor, owners: Tensor | None, scores: Tensor, best: Tensor | None
+) -> None:
+    constants = {key: plan.constants[key] for key in ("DEPTH", "PRECISION", "UPCAST")}
+    _paired_kernel[(triton.cdiv(scores.shape[0], PAIRS),)](
+        images, texts, owners, scores, best, scores.shape[0], images.shape[1], *images.stride(), *texts.stride(),
+        PAIRS=PAIRS, OWNED=owners is not None, **constants, **launch_options(plan.config) | {"num_warps": 4},
+    )  # fmt: skip
 
 
 def compile_cases() -> list[CompileCase]:
     pairs, units = 25_000, 1_022  # COCO 5K
-    signature = {"owners": "*i64", "scores": "*fp32", "pairs": "i32", "units": "i32", "a_row": "i32", "b_row": "i32"}
+    sizes = dict.fromkeys(("pairs", "units", "a_row", "b_row"), "i32")
+    signature = {"owners": "*i64", "scores": "*fp32", "best": "*fp32", **sizes}
     found = []
     for target in TARGETS:
         for dtype in (torch.bfloat16, torch.float32):
@@ -78,12 +102,12 @@ def compile_cases() -> list[CompileCase]:
                     kernel=_paired_kernel,
                     signature={"a": f"*{kind}", "b": f"*{kind}", **signature},
                     constexprs={
-                        "a_unit": 1, "b_unit": 1, "PAIRS": PAIRS, "OWNERS": True,
+                        "a_unit": 1, "b_unit": 1, "PAIRS": PAIRS, "OWNED": True,
                         **{key: constants[key] for key in ("DEPTH", "PRECISION", "UPCAST")},
                     },
                     num_warps=4,
                     num_stages=config.num_stages,
-                    divisible=("a", "b", "owners", "scores", "a_row", "b_row"),
+                    divisible=("a", "b", "owners", "scores", "best", "a_row", "b_row"),
                     wants_wgmma=target == "sm_90" and precision == "bf16",
                     flops=2.0 * pairs * PAIRS * units,
                     bytes=1.2 * dtype.itemsize * pairs * units,

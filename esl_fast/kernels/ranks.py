@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from esl_fast.kernels._common import on_device_of
+from esl_fast.kernels._op import op
 from esl_fast.kernels.inspect import CompileCase
-from esl_fast.kernels.paired import paired_scores
-from esl_fast.kernels.similarity import DEVICES
+from esl_fast.kernels.paired import owned_scores
 from esl_fast.kernels.tile import (
     check_operands,
     launch_options,
@@ -85,7 +85,7 @@ def _count_kernel(
         right *= going_on
 
 
-@torch.library.custom_op("esl_fast::retrieval_ranks", mutates_args=(), device_types=DEVICES)
+@op("retrieval_ranks")
 def retrieval_ranks(image_units: Tensor, folded_text_units: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
     """Ranks (from 0) of image-to-text ``(N,)`` and text-to-image ``(M,)``, int64, as ``reference.ranks`` defines them.
 
@@ -104,16 +104,13 @@ def retrieval_ranks(image_units: Tensor, folded_text_units: Tensor, owners: Tens
     with on_device_of(image_units):
         owners = owners.long().contiguous()
         plan = make_plan(image_units, folded_text_units)
-        positives = paired_scores(plan, image_units, folded_text_units, owners)
-        finite = positives.isfinite()
-        best = positives.new_full((n,), -torch.inf)
-        best.scatter_reduce_(0, owners, torch.where(finite, positives, -torch.inf), "amax")
+        best, positives = owned_scores(plan, image_units, folded_text_units, owners)
         below = owners.new_zeros(n + m, dtype=torch.int32)
         row_groups, col_groups = sweeps(plan)
         _count_kernel[(row_groups * col_groups,)](
             *plan.operands,
             best,
-            torch.where(finite, positives, torch.nan),
+            positives,
             below[:n],
             below[n:],
             *plan.sizes,
@@ -125,8 +122,7 @@ def retrieval_ranks(image_units: Tensor, folded_text_units: Tensor, owners: Tens
             **launch_options(plan.config),
         )
         # What does not lie below reaches the bar: the others and the positive itself.
-        owned = torch.zeros_like(best, dtype=torch.bool).scatter_(0, owners, True)
-        return torch.where(owned, m - 1 - below[:n].long(), m), n - 1 - below[n:].long()
+        return torch.where(best == -torch.inf, m, m - 1 - below[:n].long()), n - 1 - below[n:].long()
 
 
 @retrieval_ranks.register_fake

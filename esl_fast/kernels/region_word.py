@@ -35,7 +35,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from esl_fast.kernels._common import INTERPRETING, on_device_of
+from esl_fast.kernels._common import on_device_of
+from esl_fast.kernels._op import op
 from esl_fast.kernels.inspect import CompileCase
 
 EPS = tl.constexpr(1e-8)
@@ -47,8 +48,7 @@ BLOCK_BYTES = 64 << 20  # products that are reduced before the next ones are for
 BLOCK_IMAGES = 224
 GRADIENT_BYTES = 256 << 20  # gradients of products held at a time
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DEVICES = ("cuda", "cpu") if INTERPRETING else "cuda"
-RUNTIME = ["images", "regions", "row_words", "first_image", "first_caption", "image_blocks", "block_row"]
+RUNTIME = ["images", "regions", "first_image", "first_caption", "image_blocks", "block_row"]
 MOVING = ["block", "partial"]  # pointers into a buffer, aligned or not from block to block
 
 
@@ -160,7 +160,7 @@ def _place(
     return caption, length, image, regions_of, products, offset, (word < length)[:, None], live_image
 
 
-@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=MOVING)
+@triton.jit(do_not_specialize=[*RUNTIME, "out_row", "out_col"], do_not_specialize_on_alignment=MOVING)
 def _reduce(
     block, smooth_ptr, order, lengths, offsets, region_lengths, out, out_row, out_col,
     images, regions, first_image, first_caption, image_blocks, block_row,
@@ -206,7 +206,9 @@ def _along(scale, dot):
     return dot * scale * scale / tl.where(norm > 0, norm, 1.0)
 
 
-@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=MOVING)
+@triton.jit(
+    do_not_specialize=[*RUNTIME, "row_words", "grad_row", "grad_col"], do_not_specialize_on_alignment=MOVING
+)
 def _reduce_backward(
     block, smooth_ptr, order, lengths, offsets, region_lengths, grad_ptr, grad_row, grad_col, partial,
     images, regions, row_words, first_image, first_caption, image_blocks, block_row,
@@ -319,7 +321,7 @@ def _exact(x: Tensor) -> bool:
     return x.dtype == torch.float32
 
 
-@torch.library.custom_op("esl_fast::region_word", mutates_args=(), device_types=DEVICES)
+@op("region_word")
 def _forward(
     region_units: Tensor, word_units: Tensor, smooth: Tensor, region_lengths: Tensor | None,
     order: Tensor, lengths: Tensor, offsets: Tensor, rows: Tensor, histogram: list[int],
@@ -357,7 +359,7 @@ def _(region_units, word_units, smooth, region_lengths, order, lengths, offsets,
     return region_units.new_empty(region_units.shape[0], word_units.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("esl_fast::region_word_backward", mutates_args=(), device_types=DEVICES)
+@op("region_word_backward")
 def _backward(
     grad: Tensor, region_units: Tensor, word_units: Tensor, smooth: Tensor, region_lengths: Tensor | None,
     order: Tensor, lengths: Tensor, offsets: Tensor, rows: Tensor, histogram: list[int],

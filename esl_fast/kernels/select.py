@@ -17,11 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import INTERPRETING, on_device_of
+from ._common import on_device_of
+from ._op import op
 from .inspect import CompileCase
 
 EPS = tl.constexpr(1e-8)
-DEVICES = ("cuda", "cpu") if INTERPRETING else "cuda"
 
 
 class Selection(NamedTuple):
@@ -151,7 +151,7 @@ def _empty_selection(weights: Sequence[Tensor]) -> list[Tensor]:
     return [torch.empty(total, dtype=torch.float32, device=device), *lists(rows), *lists(columns)]
 
 
-@torch.library.custom_op("esl_fast::select", mutates_args=(), device_types=DEVICES)
+@op("select")
 def _select(weights: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, columns = selection_dims(adaptive_dims(weights))
     flat, columns_out, values, counts, back_rows, back_values, back_counts = _empty_selection(weights)

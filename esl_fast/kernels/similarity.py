@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from esl_fast.kernels._common import INTERPRETING, on_device_of
+from esl_fast.kernels._common import on_device_of, padded_rows
+from esl_fast.kernels._op import op
 from esl_fast.kernels.inspect import CompileCase
 from esl_fast.kernels.tile import (
     GROUP,
@@ -25,9 +26,6 @@ from esl_fast.kernels.tile import (
     tile_origin,
     tile_product,
 )
-
-DEVICES = ("cuda", "cpu") if INTERPRETING else "cuda"
-PADDING = 64  # rows of what the kernels allocate hold a multiple of this
 
 
 @triton.jit(do_not_specialize=["n", "m", "units", "out_row"])
@@ -60,13 +58,8 @@ def _similarity_kernel(
             tl.store(start + r[:, None] * stride + c[None, :], scores.to(out.dtype.element_ty), mask=inside)
 
 
-def padded_empty(n: int, m: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """An empty ``(n, m)`` whose rows lie a multiple of 64 elements apart."""
-    return torch.empty(n, triton.cdiv(m, PADDING) * PADDING, dtype=dtype, device=like.device)[:, :m]
-
-
 def write_similarity(plan: Plan, out: Tensor) -> None:
-    """Write the product of ``plan`` to ``out (n, m)``, which comes from :func:`padded_empty` (its padding as well)."""
+    """Write the product of ``plan`` to ``out (n, m)``, which comes from :func:`padded_rows` (its padding as well)."""
     programs = min(plan.programs, plan.row_blocks * plan.col_blocks)
     _similarity_kernel[(programs,)](
         *plan.operands,
@@ -80,7 +73,7 @@ def write_similarity(plan: Plan, out: Tensor) -> None:
     )
 
 
-@torch.library.custom_op("esl_fast::similarity", mutates_args=(), device_types=DEVICES)
+@op("similarity")
 def similarity(image_units: Tensor, folded_text_units: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     """``image_units (N, U) @ folded_text_units (M, U)^T -> (N, M)``, accumulated in float32.
 
@@ -90,7 +83,7 @@ def similarity(image_units: Tensor, folded_text_units: Tensor, out_dtype: torch.
     """
     check_operands(image_units, folded_text_units)
     n, m = image_units.shape[0], folded_text_units.shape[0]
-    out = padded_empty(n, m, image_units, out_dtype or image_units.dtype)
+    out = padded_rows(n, m, out_dtype or image_units.dtype, image_units.device)
     if out.numel():
         with on_device_of(image_units):
             write_similarity(make_plan(image_units, folded_text_units), out)
@@ -101,8 +94,7 @@ def similarity(image_units: Tensor, folded_text_units: Tensor, out_dtype: torch.
 def _(image_units, folded_text_units, out_dtype=None):
     check_operands(image_units, folded_text_units)
     n, m = image_units.shape[0], folded_text_units.shape[0]
-    width = (m + PADDING - 1) // PADDING * PADDING
-    return image_units.new_empty(n, width, dtype=out_dtype or image_units.dtype)[:, :m]
+    return padded_rows(n, m, out_dtype or image_units.dtype, image_units.device)
 
 
 def _setup_context(ctx, inputs, output):
@@ -118,7 +110,7 @@ def _backward(ctx, grad):
     return grad_image, grad_text, None
 
 
-similarity.register_autograd(_backward, setup_context=_setup_context)
+similarity.register_autograd(_backward, setup_context=_setup_context, twice=True)
 
 
 def compile_cases() -> list[CompileCase]:

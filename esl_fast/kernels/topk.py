@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from esl_fast.kernels._common import INTERPRETING, on_device_of
+from esl_fast.kernels._common import INTERPRETING, on_device_of, padded_rows
+from esl_fast.kernels._op import op
 from esl_fast.kernels.inspect import CompileCase
-from esl_fast.kernels.similarity import DEVICES, padded_empty, write_similarity
+from esl_fast.kernels.similarity import write_similarity
 from esl_fast.kernels.tile import check_operands, make_plan
 
 QUERY_BLOCK = 64 if INTERPRETING else 4096
@@ -59,14 +60,15 @@ def _select_kernel(scores, keys, width, k, scores_row, offset, BLOCK: tl.constex
         tl.store(slots, kept, mask=slot < k)
 
 
-@torch.library.custom_op("esl_fast::topk_update", mutates_args={"keys"}, device_types=DEVICES)
+@op("topk_update", mutates=("keys",))
 def topk_update(keys: Tensor, query_units: Tensor, gallery_units: Tensor, offset: int) -> None:
     """Exchange keys ``(Q, k)`` for better ones among ``gallery_units (G, U)``, items ``offset`` to ``offset + G``."""
     (queries, k), gallery = keys.shape, gallery_units.shape[0]
     if not queries or not k or not gallery:
         return
     with on_device_of(query_units):
-        scratch = padded_empty(min(queries, QUERY_BLOCK), min(gallery, GALLERY_BLOCK), query_units, torch.float32)
+        rows, width = min(queries, QUERY_BLOCK), min(gallery, GALLERY_BLOCK)
+        scratch = padded_rows(rows, width, torch.float32, query_units.device)
         for q in range(0, queries, QUERY_BLOCK):
             block = query_units[q : q + QUERY_BLOCK]
             for g in range(0, gallery, GALLERY_BLOCK):

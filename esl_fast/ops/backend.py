@@ -10,6 +10,8 @@ from torch import Tensor
 from esl_fast.kernels._common import runs_here
 
 BACKENDS = ("auto", "triton", "torch")
+# Asked once, since torch.compile cannot ask.
+AUTOCAST_DEVICES = frozenset(d for d in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(d))
 _active = "auto"
 
 
@@ -60,7 +62,7 @@ def without_autocast(op: Callable) -> Callable:
     @functools.wraps(op)
     def run(*args: Any, **kwargs: Any) -> Tensor:
         device = next((a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), "cpu")
-        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
             return op(*args, **kwargs)
         with torch.autocast(device, enabled=False):
             return op(*args, **kwargs)

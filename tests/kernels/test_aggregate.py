@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from esl_fast.kernels import aggregate as kernels
+from esl_fast.kernels._common import INTERPRETING
 from esl_fast.kernels.select import select
 from esl_fast.reference import aggregate as reference
 
@@ -159,12 +160,12 @@ def test_strides(kind, adaptive, device):
     found = torch.autograd.grad(run(x), (x, *parameters), grad)
     again = x.detach().contiguous().requires_grad_()
     wanted = torch.autograd.grad(run(again), (again, *parameters), grad.contiguous())
-    assert torch.equal(run(x), run(again))
-    for a, b in zip(found, wanted, strict=True):
-        assert torch.equal(a, b)
+    # Other strides compile to another order of sums.
+    for a, b in zip((run(x), *found), (run(again), *wanted), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16] if kernels.INTERPRETING else [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETING else [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("chain", CHAINS)
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_half_is_no_worse_than_naive(adaptive, chain, dtype, device):

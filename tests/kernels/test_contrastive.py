@@ -186,11 +186,11 @@ def test_registration(mode, device):
     if args:
         number, ordinals = contrastive.POSITIVE, contrastive._ordinals(*args[:2])
     call = (*leaves, *ordinals, number)
-    torch.library.opcheck(contrastive_forward, call)
+    torch.library.opcheck(contrastive_forward.registered, call)
     saved = [x.detach() for x in contrastive_forward(*call)[1:]]
     grad = torch.ones((), device=device)
     plain = [x.detach() for x in leaves]
-    torch.library.opcheck(contrastive_backward, (grad, *plain, *ordinals, number, *saved, True, False))
+    torch.library.opcheck(contrastive_backward.registered, (grad, *plain, *ordinals, number, *saved, True, False))
     compiled = torch.compile(contrastive_loss, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*leaves, *args), contrastive_loss(*leaves, *args))
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from esl_fast.kernels import contribution as kernels
+from esl_fast.kernels._common import INTERPRETING
 from esl_fast.kernels.aggregate import padded_rows
 from esl_fast.reference import contribution as reference
 
@@ -92,7 +93,7 @@ def test_fold(n, dims, side, device):
         assert ratio(found.grad, leaf.grad) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.float16] if kernels.INTERPRETING else [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETING else [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("side", SIDES)
 def test_half_is_no_worse_than_naive(side, dtype, device):
     torch.manual_seed(0)

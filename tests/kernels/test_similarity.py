@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from esl_fast.kernels import tile
-from esl_fast.kernels.similarity import padded_empty, similarity, write_similarity
+from esl_fast.kernels._common import padded_rows
+from esl_fast.kernels.similarity import similarity, write_similarity
 
 
 def units(n, width, device, dtype=torch.float32, seed=0):
@@ -70,7 +71,7 @@ def test_descriptors_read_what_pointers_read(dtype, device):
     a, b = units(45, 157, device, dtype), units(133, 157, device, dtype, seed=1)
     through = []
     for tma in (True, False):
-        out = padded_empty(45, 133, a, torch.float32)
+        out = padded_rows(45, 133, torch.float32, device)
         write_similarity(tile.make_plan(a, b, tma=tma), out)
         through.append(out)
     expected = a.double() @ b.double().mT
@@ -94,8 +95,8 @@ def test_tile_order_visits_every_tile_once(device):
 
 def test_registration(device):
     a, b = units(5, 7, device).requires_grad_(), units(6, 7, device, seed=1).requires_grad_()
-    torch.library.opcheck(similarity, (a, b))
-    torch.library.opcheck(similarity, (a.half(), b.half(), torch.float32))
+    torch.library.opcheck(similarity.registered, (a, b))
+    torch.library.opcheck(similarity.registered, (a.half(), b.half(), torch.float32))
     compiled = torch.compile(lambda x, y: similarity(x, y) * 2, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(a, b), similarity(a, b) * 2)
 

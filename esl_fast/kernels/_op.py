@@ -1,0 +1,116 @@
+"""Ops registered with `torch.library` that eager code calls without the dispatcher.
+
+What `torch.library.custom_op` does around every call, and again around its autograd formula, takes some 0.4 ms of the
+host, more than all kernels of a small batch take of the GPU. A plain eager call needs none of it: there the op is an
+ordinary function, or an ordinary `torch.autograd.Function` where a gradient is wanted. Under `torch.compile`, in
+`torch.func` transforms, with dispatch modes or tensor subclasses the registered op is what is called.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from esl_fast.kernels._common import INTERPRETING
+
+DEVICES = ("cuda", "cpu") if INTERPRETING else "cuda"
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class Op:
+    """A kernel's op; made by :func:`op`. ``registered`` is what the dispatcher knows."""
+
+    def __init__(self, name: str, run: Callable, mutates: Sequence[str]) -> None:
+        self._custom = torch.library.custom_op(f"esl_fast::{name}", run, mutates_args=mutates, device_types=DEVICES)
+        self._run = run
+        self._defaults = tuple(parameter.default for parameter in inspect.signature(run).parameters.values())
+        self._function: type[torch.autograd.Function] | None = None
+        self.registered = getattr(torch.ops.esl_fast, name).default
+
+    def register_fake(self, fake: Callable) -> Callable:
+        return self._custom.register_fake(fake)
+
+    def register_autograd(self, backward: Callable, *, setup_context: Callable, twice: bool = False) -> None:
+        """As `torch.library.register_autograd`; ``twice``: ``backward`` is differentiable itself."""
+        self._custom.register_autograd(backward, setup_context=setup_context)
+        self._function = _make_function(self._run, backward, setup_context, twice)
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.registered(*args)
+        args += self._defaults[len(args) :]
+        tensors = []
+        for arg in args:
+            if isinstance(arg, Tensor):
+                tensors.append(arg)
+            elif isinstance(arg, list | tuple):
+                tensors.extend(x for x in arg if isinstance(x, Tensor))
+        if not _plain(tensors):
+            return self.registered(*args)
+        if self._function is None or not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+            with torch.no_grad():
+                return self._run(*args)
+        if not any(isinstance(arg, list | tuple) for arg in args):
+            return self._function.apply(None, *args)
+        lengths = tuple(len(arg) if isinstance(arg, list | tuple) and _has_tensors(arg) else -1 for arg in args)
+        return self._function.apply(
+            lengths, *(x for arg, n in zip(args, lengths, strict=True) for x in (arg if n >= 0 else (arg,)))
+        )
+
+
+def op(name: str, *, mutates: Sequence[str] = ()) -> Callable[[Callable], Op]:
+    """Make a function that launches kernels an op ``esl_fast::<name>``. It takes its arguments by position."""
+    return lambda run: Op(name, run, mutates)
+
+
+def _plain(tensors: list[Tensor]) -> bool:
+    return (
+        all(type(x) in PLAIN for x in tensors)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def _make_function(run: Callable, backward: Callable, setup: Callable, twice: bool) -> type[torch.autograd.Function]:
+    """``apply(lengths, *flat)``: autograd sees tensors in a list only where the list is spread out."""
+
+    def forward(ctx, lengths: tuple[int, ...] | None, *flat: Any) -> Any:
+        args = flat if lengths is None else _gather(flat, lengths)
+        output = run(*args)
+        ctx.lengths = lengths
+        setup(ctx, args, output)
+        return output
+
+    def differentiate(ctx, *grads: Tensor) -> tuple:
+        needed = ctx.needs_input_grad
+        try:
+            ctx.needs_input_grad = needed[1:] if ctx.lengths is None else _gather(needed[1:], ctx.lengths)
+            results = backward(ctx, *grads)
+        finally:
+            ctx.needs_input_grad = needed
+        if ctx.lengths is None:
+            return None, *results
+        spread = (
+            (result,) if n < 0 else result if result is not None else (None,) * n
+            for result, n in zip(results, ctx.lengths, strict=True)
+        )
+        return None, *(x for part in spread for x in part)
+
+    differentiate = differentiate if twice else once_differentiable(differentiate)
+    members = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
+    return type("EslFastBackward", (torch.autograd.Function,), members)
+
+
+def _has_tensors(arg: Sequence[Any]) -> bool:
+    return bool(arg) and isinstance(arg[0], Tensor)
+
+
+def _gather(flat: Sequence[Any], lengths: Sequence[int]) -> tuple:
+    args, position = [], 0
+    for n in lengths:
+        args.append(flat[position] if n < 0 else list(flat[position : position + n]))
+        position += abs(n)
+    return tuple(args)
