@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import leaky_relu, normalize
+from torch.nn.functional import leaky_relu, normalize, pad
 
 from benchmarks.cases import common
 from benchmarks.registry import DTYPES, TOLERANCE, Case, Parity, Problem
@@ -20,7 +20,7 @@ PRODUCT_ROWS = 8192  # words whose bare products are held at a time
 
 
 def make_units(n: int, m: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Regions ``(N, R, U)``, words ``(M, W, U)`` with the contributions folded in, word lengths ``(M,)``."""
+    """Regions ``(N, R, U)``, words ``(M, W, U)`` with the contributions folded in, word lengths ``(M,)`` on the CPU."""
     taps = torch.tensor([[0.8, 0.4]] * 8, device=device).unbind()
     both = []
     for count, length in ((n, REGIONS), (m, WORDS[1])):
@@ -29,7 +29,7 @@ def make_units(n: int, m: int, device: torch.device, dtype: torch.dtype) -> tupl
             vectors = normalize(torch.randn(*block.shape[:2], common.EMBED_DIM, device=device), dim=-1)
             block.copy_(reference.aggregate.aggregate(vectors, taps, chain="raw", normalize=False))
         both.append(units)
-    lengths = torch.randint(WORDS[0], WORDS[1] + 1, (m,), device=device)
+    lengths = torch.randint(WORDS[0], WORDS[1] + 1, (m,))  # where a data loader leaves them
     return both[0], both[1].div_(3), lengths
 
 
@@ -52,6 +52,7 @@ def _attend(a: Tensor, smooth: Tensor) -> Tensor:
 
 def batched(regions: Tensor, words: Tensor, smooth: Tensor, lengths: Tensor) -> Tensor:
     """All pairs at once, padded words masked."""
+    lengths = lengths.to(words.device)
     real = torch.arange(words.shape[1], device=words.device) < lengths[:, None]
     a = torch.einsum("mwu,nru->nmwr", words, regions)
     b = leaky_relu(torch.tanh(a), SLOPE) * real[..., None]
@@ -62,6 +63,13 @@ def batched(regions: Tensor, words: Tensor, smooth: Tensor, lengths: Tensor) -> 
     return words_mean + (a * to_words).sum(2).mean(2)
 
 
+def bare_operands(regions: Tensor, words: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """What the bare product multiplies: words without padding, regions; of as many units as cuBLAS likes."""
+    real = torch.arange(words.shape[1]) < lengths[:, None]
+    wider = common.PRODUCT_UNITS - common.UNITS
+    return pad(words[real.to(words.device)], (0, wider)), pad(regions.flatten(0, 1), (0, wider))
+
+
 def region_word(device: torch.device, dtype: str, n: int, m: int) -> Problem:
     regions, words, lengths = make_units(n, m, device, DTYPES[dtype])
     arguments = regions, words, torch.tensor(SMOOTH, device=device), lengths
@@ -69,7 +77,8 @@ def region_word(device: torch.device, dtype: str, n: int, m: int) -> Problem:
 
     def parity() -> Parity:
         images, captions = (torch.randperm(size, device=device)[:COMPARED] for size in (n, m))
-        expected = definition(regions[images].double(), words[captions].double(), SMOOTH, lengths[captions])
+        some = lengths[captions.cpu()].to(device)
+        expected = definition(regions[images].double(), words[captions].double(), SMOOTH, some)
         error = common.relative_error(ours()[images][:, captions], expected)
         return Parity(error, TOLERANCE[dtype], f"{len(images)} of {n} images x {len(captions)} of {m} captions")
 
@@ -80,8 +89,7 @@ def region_word(device: torch.device, dtype: str, n: int, m: int) -> Problem:
         for rows in real_words.split(PRODUCT_ROWS):
             torch.mm(rows, all_regions.mT, out=out[: len(rows)])
 
-    real_words = words[torch.arange(words.shape[1], device=device) < lengths[:, None]]
-    all_regions = regions.flatten(0, 1)
+    real_words, all_regions = bare_operands(regions, words, lengths)
     out = words.new_empty(min(PRODUCT_ROWS, len(real_words)), len(all_regions))
     competitors = {
         "ours": ours,
@@ -116,8 +124,7 @@ def region_word_step(device: torch.device, dtype: str, n: int, m: int) -> Proble
         expected = step(by_caption, regions.double(), words.double(), smooth.double(), grad.double())
         return Parity(common.relative_error(ours(), expected), 5 * TOLERANCE[dtype], "all gradients")
 
-    real_words = words[torch.arange(words.shape[1], device=device) < lengths[:, None]]
-    all_regions = regions.flatten(0, 1)
+    real_words, all_regions = bare_operands(regions, words, lengths)
 
     def four_products() -> None:
         products = real_words @ all_regions.mT

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import on_device_of, padded_rows
+from ._common import cdiv, next_power_of_2, on_device_of, padded_rows
 from ._op import op
 from .inspect import CompileCase
 from .select import Selection, adaptive_dims, locate, selection_dims
@@ -194,8 +194,8 @@ def _heuristic_config(embed_dim: int, size: int, levels: int) -> tuple[dict, int
     dims = [embed_dim]
     while len(dims) <= levels and dims[-1] >= size:
         dims.append(dims[-1] // size)
-    radix = triton.next_power_of_2(size)
-    top = triton.next_power_of_2(triton.cdiv(embed_dim, size ** (len(dims) - 1)))
+    radix = next_power_of_2(size)
+    top = next_power_of_2(cdiv(embed_dim, size ** (len(dims) - 1)))
     positions = top * radix ** (len(dims) - 1)
     # 8 elements a thread where possible: all levels stay in registers.
     rows = max(1, 1024 // positions)
@@ -225,7 +225,7 @@ def _aggregate_heuristic(x: Tensor, taps: Tensor, chain: str, normalize: bool) -
     width = constants["OFFSETS"][-1]
     units = padded_rows(x.shape[0], width, x.dtype, x.device)
     if x.shape[0]:
-        grid = (triton.cdiv(x.shape[0], constants["ROWS"]),)
+        grid = (cdiv(x.shape[0], constants["ROWS"]),)
         with on_device_of(x):
             _heuristic_forward[grid](
                 x, x.stride(0), x.stride(1), taps.contiguous(), units, units.stride(0), x.shape[0],
@@ -248,7 +248,7 @@ def _aggregate_heuristic_backward(
     constants, warps = _heuristic_config(x.shape[1], taps.shape[1], taps.shape[0])
     levels = len(constants["DIMS"]) - 1
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    programs = triton.cdiv(x.shape[0], constants["ROWS"])
+    programs = cdiv(x.shape[0], constants["ROWS"])
     partial = torch.empty((programs, levels, taps.shape[1]), dtype=torch.float32, device=x.device)
     if programs:
         with on_device_of(x):
@@ -446,7 +446,7 @@ def _adaptive_config(dims: tuple[int, ...]) -> tuple[dict, int]:
     """Constants of the adaptive kernels and their number of warps; levels of no unit at all are left out."""
     rows, columns = selection_dims(dims)
     dims = (dims[0], *rows)
-    padded = tuple(triton.next_power_of_2(dim) for dim in dims)
+    padded = tuple(next_power_of_2(dim) for dim in dims)
     constants = {
         "DIMS": dims,
         "PADDED": padded,
@@ -459,7 +459,7 @@ def _adaptive_config(dims: tuple[int, ...]) -> tuple[dict, int]:
 
 def _transposed(units: int, samples: int, device: torch.device) -> Tensor:
     """A float32 buffer for whole programs' worth of samples, its rows aligned."""
-    return torch.empty((units, triton.cdiv(samples, 16) * 16), dtype=torch.float32, device=device)
+    return torch.empty((units, cdiv(samples, 16) * 16), dtype=torch.float32, device=device)
 
 
 @op("aggregate_adaptive")
@@ -475,7 +475,7 @@ def _aggregate_adaptive(
     with on_device_of(x):
         for begin in range(0, x.shape[0], MAX_SAMPLES):
             part, out = x[begin : begin + chunk], units[begin : begin + chunk]
-            _adaptive_forward[(triton.cdiv(part.shape[0], constants["ROWS"]),)](
+            _adaptive_forward[(cdiv(part.shape[0], constants["ROWS"]),)](
                 part, x.stride(0), x.stride(1), columns, values, counts, read, read.stride(0),
                 out, units.stride(0), part.shape[0],
                 **constants, RAW=raw, NORMALIZE=normalize, num_warps=warps, enable_fp_fusion=True,
@@ -506,7 +506,7 @@ def _aggregate_adaptive_backward(
     grad_z = _transposed(sum(rows), n, x.device)
     read = _transposed(sum(columns_in), n, x.device)
     with on_device_of(x):
-        _adaptive_backward[(triton.cdiv(n, constants["ROWS"]),)](
+        _adaptive_backward[(cdiv(n, constants["ROWS"]),)](
             grad, grad.stride(0), grad.stride(1), x, x.stride(0), x.stride(1), columns, values, counts,
             back_rows, back_values, back_counts, grad_x, grad_z, read, read.stride(0), n,
             **constants, RAW=raw, NORMALIZE=normalize, num_warps=warps, enable_fp_fusion=True,
@@ -521,7 +521,7 @@ def _aggregate_adaptive_backward(
 
 
 def _weights_blocks(columns: int) -> dict:
-    return {"BLOCK": triton.next_power_of_2(columns), "BLOCK_N": 512}
+    return {"BLOCK": next_power_of_2(columns), "BLOCK_N": 512}
 
 
 @_aggregate_adaptive_backward.register_fake

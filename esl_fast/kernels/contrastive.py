@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from esl_fast.kernels._common import on_device_of, padded_rows
+from esl_fast.kernels._common import cdiv, on_device_of, padded_rows, widened
 from esl_fast.kernels._op import op
 from esl_fast.kernels.inspect import CompileCase
 from esl_fast.kernels.paired import paired_scores
@@ -328,7 +328,7 @@ def _gradient_kernel(
 def _merge(parts: Tensor, center: Tensor) -> Tensor:
     _, groups, count = parts.shape
     log_sums = torch.zeros_like(parts[0, 0])
-    _merge_kernel[(triton.cdiv(count, MERGE_BLOCK),)](
+    _merge_kernel[(cdiv(count, MERGE_BLOCK),)](
         parts, center, log_sums, groups, count, BLOCK=MERGE_BLOCK, num_warps=4, enable_fp_fusion=True
     )
     return log_sums
@@ -482,7 +482,7 @@ def contrastive_backward(
         factor = grad.to(torch.float32) * weight
         unit_factor = factor * logit_scale.to(torch.float32)
         scratch = padded_rows(min(n, CHUNK), m, image_units.dtype, image_units.device)
-        scale_parts = image_units.new_zeros(triton.cdiv(n, CHUNK), plan.programs, dtype=torch.float32)
+        scale_parts = image_units.new_zeros(cdiv(n, CHUNK), plan.programs, dtype=torch.float32)
         text_total = None
         on_diagonal, beside = _diagonal_gradient(
             logit_scale, center, row_terms, col_terms, row_target, col_target, diagonal, mode
@@ -490,7 +490,7 @@ def contrastive_backward(
         for chunk, first in enumerate(range(0, n, CHUNK)):
             last = min(n, first + CHUNK)
             gradient = scratch[: last - first]
-            programs = min(plan.programs, triton.cdiv(last - first, plan.config.rows) * plan.col_blocks)
+            programs = min(plan.programs, cdiv(last - first, plan.config.rows) * plan.col_blocks)
             _gradient_kernel[(programs,)](
                 *plan.operands,
                 logit_scale,
@@ -516,13 +516,14 @@ def contrastive_backward(
             if mode != POSITIVE:
                 gradient.diagonal(first).copy_(on_diagonal[first:last])
             if needs_image:
-                torch.mul(_product(gradient, folded_text_units), unit_factor, out=grad_image[first:last])
+                part = _product(gradient, widened(folded_text_units))[:, :units]
+                torch.mul(part, unit_factor, out=grad_image[first:last])
             if needs_text:
-                text_total = _product(gradient.mT, image_units[first:last], text_total)
+                text_total = _product(gradient.mT, widened(image_units[first:last]), text_total)
         grad_scale = ((scale_parts.sum() - beside) * factor).to(logit_scale.dtype).reshape(logit_scale.shape)
         if text_total is None:
             return grad_image, folded_text_units.new_empty(0, units), grad_scale
-        return grad_image, (text_total * unit_factor).to(folded_text_units.dtype), grad_scale
+        return grad_image, (text_total[:, :units] * unit_factor).to(folded_text_units.dtype), grad_scale
 
 
 def _diagonal_gradient(
@@ -568,9 +569,7 @@ def _product(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
         a, b = a.float(), b.float()
         return torch.mm(a, b) if total is None else total.addmm_(a, b)
     if total is None:
-        # cuBLAS wants aligned rows.
-        out = padded_rows(a.shape[0], b.shape[1], torch.float32, a.device)
-        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+        return torch.mm(a, b, out_dtype=torch.float32)
     return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 

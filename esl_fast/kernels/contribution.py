@@ -18,12 +18,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._common import INTERPRETING, on_device_of, padded_rows
+from ._common import INTERPRETING, cdiv, next_power_of_2, on_device_of, padded_rows
 from ._op import op
 from .inspect import CompileCase
 from .select import locate
 
 SIDES = ("text", "image")
+DESCRIPTORS_FROM = 512  # rows; making one takes the host longer than it saves a small batch
 
 
 # Degrees: O(L) work in a single program.
@@ -97,7 +98,7 @@ def _degrees_constants(w: Tensor, sigmoid_gate: bool, sharp: bool, mean: bool) -
     return {
         "FACTOR": 1.0 / levels if mean else 1.0,
         "LEVELS": levels,
-        "BLOCK": triton.next_power_of_2(levels),
+        "BLOCK": next_power_of_2(levels),
         "SIGMOID_GATE": sigmoid_gate,
         "SHARP": sharp,
     }
@@ -367,7 +368,7 @@ def _bandwidth(dims: tuple[int, ...], block_c: int, block_k: int) -> tuple[int, 
     for first in range(0, width, block_c):
         begin = sum(dims[: level_of[first]]) // block_k * block_k
         end = sum(dims[: level_of[min(first + block_c, width) - 1] + 1])
-        bands.append(triton.cdiv(end - begin, block_k) * block_k)
+        bands.append(cdiv(end - begin, block_k) * block_k)
     return len(bands), max(bands)
 
 
@@ -393,6 +394,7 @@ def _matrix_dims(matrices: Sequence[Tensor], units: Tensor) -> tuple[int, ...]:
     return tuple(dim for dim in dims if dim > 0)
 
 
+@torch.no_grad()
 def _flat(matrices: Sequence[Tensor]) -> Tensor:
     return torch.cat([matrix.reshape(-1) for matrix in matrices])
 
@@ -408,18 +410,18 @@ def _launch_fold(
     tiles, _, warps, stages = _tiles(x.dtype, bool(torch.version.hip))
     count, bandwidth = _bandwidth(dims, tiles["BLOCK_C"], tiles["BLOCK_K"])
     packed = torch.empty((count * tiles["BLOCK_C"], bandwidth), dtype=x.dtype, device=x.device)
-    descriptors = _has_descriptors(x.device) and _fits_descriptor(x)
+    descriptors = n >= DESCRIPTORS_FROM and _has_descriptors(x.device) and _fits_descriptor(x)
     units, weights = x, packed
     if descriptors:
         units = TensorDescriptor.from_tensor(x, [tiles["BLOCK_N"], tiles["BLOCK_K"]])
         weights = TensorDescriptor.from_tensor(packed, [tiles["BLOCK_C"], tiles["BLOCK_K"]])
     with on_device_of(x):
         _pack[(packed.shape[0],)](
-            flat, packed, DIMS=dims, WIDTH=width, BANDWIDTH=bandwidth, BLOCK=triton.next_power_of_2(bandwidth),
+            flat, packed, DIMS=dims, WIDTH=width, BANDWIDTH=bandwidth, BLOCK=next_power_of_2(bandwidth),
             BLOCK_C=tiles["BLOCK_C"], BLOCK_K=tiles["BLOCK_K"], TRANSPOSED=transposed, num_warps=4,
             enable_fp_fusion=True,
         )  # fmt: skip
-        _fold_forward[(count * triton.cdiv(n, tiles["BLOCK_N"]),)](
+        _fold_forward[(count * cdiv(n, tiles["BLOCK_N"]),)](
             units, x.stride(0), x.stride(1), weights, scales, folded, folded.stride(0), n,
             DIMS=dims, WIDTH=width, BANDWIDTH=bandwidth, **tiles, DESCRIPTORS=descriptors, UPCAST=INTERPRETING,
             PRECISION=_precision(), num_warps=warps, num_stages=stages, enable_fp_fusion=True,
@@ -437,17 +439,18 @@ def _launch_matrices_backward(
         return torch.zeros_like(flat), grad_scales.zero_()
     _, tiles, warps, stages = _tiles(left.dtype, bool(torch.version.hip))
     count, bandwidth = _bandwidth(dims, tiles["BLOCK_C"], tiles["BLOCK_K"])
-    parts = min(8, triton.cdiv(n, 256))
-    span = triton.cdiv(triton.cdiv(n, parts), tiles["BLOCK_N"]) * tiles["BLOCK_N"]
+    parts = min(8, cdiv(n, 256))
+    span = cdiv(cdiv(n, parts), tiles["BLOCK_N"]) * tiles["BLOCK_N"]
     partial = torch.empty((parts, flat.numel()), dtype=torch.float32, device=left.device)
     products = torch.empty(width, dtype=torch.float32, device=left.device)
     grad_matrices = torch.empty_like(flat)
-    descriptors = _has_descriptors(left.device) and _fits_descriptor(left) and _fits_descriptor(right)
+    descriptors = n >= DESCRIPTORS_FROM and _has_descriptors(left.device)
+    descriptors = descriptors and _fits_descriptor(left) and _fits_descriptor(right)
     a, b = left, right
     if descriptors:
         a = TensorDescriptor.from_tensor(left, [tiles["BLOCK_N"], tiles["BLOCK_C"]])
         b = TensorDescriptor.from_tensor(right, [tiles["BLOCK_N"], tiles["BLOCK_K"]])
-    block = triton.next_power_of_2(max(dims))
+    block = next_power_of_2(max(dims))
     with on_device_of(left):
         _matrices_backward[(count, bandwidth // tiles["BLOCK_K"], parts)](
             a, left.stride(0), left.stride(1), b, right.stride(0), right.stride(1), partial, n, span,
@@ -473,63 +476,61 @@ def _check_side(side: str) -> bool:
 
 
 @op("fold")
-def _fold(units: Tensor, matrices: list[Tensor], scales: Tensor, side: str) -> Tensor:
+def _fold(units: Tensor, matrices: list[Tensor], flat: Tensor, scales: Tensor, side: str) -> Tensor:
+    """``flat`` holds the ``matrices`` one after another; their gradient goes to ``matrices``."""
     image = _check_side(side)
     dims = _matrix_dims(matrices, units)
-    return _launch_fold(units, _flat(matrices), dims, scales.contiguous(), image)
+    return _launch_fold(units, flat, dims, scales.contiguous(), image)
 
 
 @_fold.register_fake
-def _(units: Tensor, matrices: list[Tensor], scales: Tensor, side: str) -> Tensor:
+def _(units: Tensor, matrices: list[Tensor], flat: Tensor, scales: Tensor, side: str) -> Tensor:
     return padded_rows(units.shape[0], units.shape[1], units.dtype, units.device)
 
 
 @op("fold_backward")
 def _fold_backward(
-    grad: Tensor, units: Tensor, matrices: list[Tensor], scales: Tensor, side: str
+    grad: Tensor, units: Tensor, flat: Tensor, scales: Tensor, dims: list[int], side: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to the units, to all matrices in one buffer and to the scales of levels that have units."""
     image = _check_side(side)
-    dims = _matrix_dims(matrices, units)
-    flat = _flat(matrices)
+    levels = tuple(dim for dim in dims if dim > 0)
     scales = scales.contiguous()
     grad = grad.to(units.dtype)
-    grad_units = _launch_fold(grad, flat, dims, scales, not image)
+    grad_units = _launch_fold(grad, flat, levels, scales, not image)
     left, right = (units, grad) if image else (grad, units)
-    grad_matrices, grad_scales = _launch_matrices_backward(left, right, flat, dims, scales)
+    grad_matrices, grad_scales = _launch_matrices_backward(left, right, flat, levels, scales)
     return grad_units, grad_matrices, grad_scales
 
 
 @_fold_backward.register_fake
 def _(
-    grad: Tensor, units: Tensor, matrices: list[Tensor], scales: Tensor, side: str
+    grad: Tensor, units: Tensor, flat: Tensor, scales: Tensor, dims: list[int], side: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    total = sum(matrix.numel() for matrix in matrices)
-    levels = sum(matrix.numel() > 0 for matrix in matrices)
-    dtype = matrices[0].dtype
-    for matrix in matrices[1:]:
-        dtype = torch.promote_types(dtype, matrix.dtype)
+    levels = sum(dim > 0 for dim in dims)
     return (
         padded_rows(units.shape[0], units.shape[1], units.dtype, units.device),
-        torch.empty(total, dtype=dtype, device=units.device),
+        torch.empty_like(flat),
         torch.empty(levels, dtype=scales.dtype, device=units.device),
     )
 
 
 def _fold_setup(ctx, inputs, output) -> None:
-    units, matrices, scales, ctx.side = inputs
-    ctx.save_for_backward(units, scales, *matrices)
+    units, matrices, flat, scales, ctx.side = inputs
+    ctx.dims = [int(matrix.shape[0]) for matrix in matrices]
+    ctx.dtypes = [matrix.dtype for matrix in matrices]
+    ctx.save_for_backward(units, flat, scales)
 
 
 def _fold_autograd(ctx, grad: Tensor):
-    units, scales, *matrices = ctx.saved_tensors
-    grad_units, flat, grad_scales = _fold_backward(grad, units, matrices, scales, ctx.side)
-    parts = flat.split([matrix.numel() for matrix in matrices])
-    grad_matrices = [part.view(m.shape).to(m.dtype) for part, m in zip(parts, matrices, strict=True)]
+    units, flat, scales = ctx.saved_tensors
+    grad_units, grad_flat, grad_scales = _fold_backward(grad, units, flat, scales, ctx.dims, ctx.side)
+    parts = grad_flat.split([dim * dim for dim in ctx.dims])
+    grad_matrices = [p.view(dim, dim).to(dtype) for p, dim, dtype in zip(parts, ctx.dims, ctx.dtypes, strict=True)]
     missing = scales.shape[0] - grad_scales.shape[0]
     if missing:
         grad_scales = torch.nn.functional.pad(grad_scales, (0, missing))
-    return grad_units, grad_matrices, grad_scales, None
+    return grad_units, grad_matrices, None, grad_scales, None
 
 
 _fold.register_autograd(_fold_autograd, setup_context=_fold_setup)
@@ -542,7 +543,7 @@ def fold(units: Tensor, matrices: Sequence[Tensor], scales: Tensor, side: str) -
     ``side`` is that whose units these are, ``"text"`` (``D y``) or ``"image"`` (``D^T x``). Rows are padded with zeros
     to a multiple of 64. Small levels share tiles, so a NaN or infinite unit may make units of other levels NaN too.
     """
-    return _fold(units, list(matrices), scales, side)
+    return _fold(units, list(matrices), _flat(matrices), scales, side)
 
 
 def compile_cases() -> list[CompileCase]:

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esl_fast.kernels._common import cdiv
 from esl_fast.kernels.inspect import TARGETS, CompileCase
 from esl_fast.kernels.tile import Plan, dot_precision, launch_options, tile_config, tile_constants
 
@@ -79,7 +80,7 @@ def _launch(
     plan: Plan, images: Tensor, texts: Tensor, owners: Tensor | None, scores: Tensor, best: Tensor | None
 ) -> None:
     constants = {key: plan.constants[key] for key in ("DEPTH", "PRECISION", "UPCAST")}
-    _paired_kernel[(triton.cdiv(scores.shape[0], PAIRS),)](
+    _paired_kernel[(cdiv(scores.shape[0], PAIRS),)](
         images, texts, owners, scores, best, scores.shape[0], images.shape[1], *images.stride(), *texts.stride(),
         PAIRS=PAIRS, OWNED=owners is not None, **constants, **launch_options(plan.config) | {"num_warps": 4},
     )  # fmt: skip

@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from esl_fast.kernels._common import on_device_of
+from esl_fast.kernels._common import PADDING, cdiv, next_power_of_2, on_device_of
 from esl_fast.kernels._op import op
 from esl_fast.kernels.inspect import CompileCase
 
@@ -287,7 +287,7 @@ def caption_blocks(packing: Packing, max_words: int, max_rows: int) -> list[Bloc
     blocks: list[Block] = []
     first = row = 0
     for length, count in runs:
-        words = max(SMALLEST, triton.next_power_of_2(length))
+        words = max(SMALLEST, next_power_of_2(length))
         while count:
             last = blocks[-1] if blocks else None
             if last is None or last.words != words or last.rows + length > max_rows:
@@ -304,17 +304,40 @@ def _warps(words: int) -> int:
 
 
 def _lanes(images: int) -> int:
-    return min(LANES, triton.next_power_of_2(images))
+    return min(LANES, next_power_of_2(images))
 
 
-def _take(word_units: Tensor, packing: Packing, rows: slice) -> Tensor:
-    width = word_units.shape[2]
-    if not packing.histogram:
-        return word_units.reshape(-1, width)[rows]
-    index = packing.rows[rows]
-    if word_units.stride(0) == word_units.shape[1] * word_units.stride(1):
-        return word_units.view(-1, width).index_select(0, index)
-    return word_units[index // word_units.shape[1], index % word_units.shape[1]]
+@triton.jit(do_not_specialize=["width", "group"])
+def _gather_kernel(
+    units, rows, out, width, group, outer_stride, inner_stride, unit_stride, out_row,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``out[i] = units[rows[i] // group, rows[i] % group]``, zeros from ``width`` on."""
+    program = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows + program)
+    unit = tl.arange(0, BLOCK)
+    start = units + row // group * outer_stride + row % group * inner_stride
+    values = tl.load(start + unit.to(tl.int64) * unit_stride, mask=unit < width, other=0.0)
+    tl.store(out + program * out_row + unit, values, mask=unit < out_row)
+
+
+def _gather(units: Tensor, rows: Tensor) -> Tensor:
+    """Rows ``rows (n,)`` of ``units.view(-1, U)``, ``(n, U)`` and zeros up to a multiple of 64, for cuBLAS."""
+    _, group, width = units.shape
+    out = torch.empty((len(rows), cdiv(width, PADDING) * PADDING), dtype=units.dtype, device=units.device)
+    with on_device_of(units):
+        _gather_kernel[(len(rows),)](
+            units, rows, out, width, group, *units.stride(), out.stride(0),
+            BLOCK=next_power_of_2(out.shape[1]), num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def _gather_regions(region_units: Tensor, first: int, images: int) -> Tensor:
+    """Regions of ``images`` images from ``first`` on, region-major ``(R * images, U)``, as :func:`_gather`."""
+    regions = region_units.shape[1]
+    rows = torch.arange(images * regions, device=region_units.device).view(images, regions).mT.reshape(-1)
+    return _gather(region_units[first : first + images], rows)
 
 
 def _exact(x: Tensor) -> bool:
@@ -327,7 +350,7 @@ def _forward(
     order: Tensor, lengths: Tensor, offsets: Tensor, rows: Tensor, histogram: list[int],
 ) -> Tensor:  # fmt: skip
     packing = Packing(order, lengths, offsets, rows, histogram)
-    (n, regions, width), (m, max_words, _) = region_units.shape, word_units.shape
+    (n, regions, _), (m, max_words, _) = region_units.shape, word_units.shape
     out = torch.empty((n, m), dtype=torch.float32, device=region_units.device)
     if n == 0 or m == 0:
         return out
@@ -337,17 +360,16 @@ def _forward(
     buffer = region_units.new_empty(max(b.rows for b in blocks), regions * block_images)
     for first in range(0, n, block_images):
         images = min(block_images, n - first)
-        # (U, R * images): cuBLAS takes the transpose of either side as it comes.
-        columns = region_units[first : first + images].transpose(0, 1).reshape(-1, width).mT
-        image_blocks = triton.cdiv(images, _lanes(images))
+        columns = _gather_regions(region_units, first, images)
+        image_blocks = cdiv(images, _lanes(images))
         for block in blocks:
-            words = _take(word_units, packing, slice(block.row, block.row + block.rows))
-            products = buffer.view(-1)[: block.rows * columns.shape[1]].view(block.rows, columns.shape[1])
-            torch.mm(words, columns, out=products)
+            words = _gather(word_units, packing.rows[block.row : block.row + block.rows])
+            products = buffer.view(-1)[: block.rows * len(columns)].view(block.rows, len(columns))
+            torch.mm(words, columns.mT, out=products)
             with on_device_of(region_units):
                 _reduce[(block.count * image_blocks,)](
                     products, smooth, order, lengths, offsets, region_lengths, out, out.stride(0), out.stride(1),
-                    images, regions, first, block.first, image_blocks, columns.shape[1],
+                    images, regions, first, block.first, image_blocks, len(columns),
                     WORDS=block.words, IMAGES=_lanes(images), LENGTHS=region_lengths is not None,
                     EXACT=_exact(region_units), num_warps=_warps(block.words), enable_fp_fusion=True,
                 )  # fmt: skip
@@ -374,7 +396,7 @@ def _backward(
     if n == 0 or total == 0:
         zeros = torch.zeros(word_units.shape if for_words else (0,), dtype=dtype, device=device)
         return grad_regions.zero_(), zeros, torch.zeros_like(smooth)
-    words = _take(word_units, packing, slice(None))
+    words = _gather(word_units, packing.rows)
     if not histogram and for_regions:  # gradients there are 0, but 0 times a NaN is not
         padding = torch.arange(max_words, device=device) >= lengths[:, None]
         words = words.masked_fill(padding.view(-1, 1), 0)
@@ -384,19 +406,19 @@ def _backward(
     blocks = caption_blocks(packing, max_words, total)
     several = n > block_images
     row_dtype = torch.float32 if several else dtype
-    grad_rows = torch.zeros((total, width) if for_words else (0,), dtype=row_dtype, device=device)
-    programs = sum(block.count for block in blocks) * triton.cdiv(block_images, _lanes(block_images))
-    partial = torch.zeros((triton.cdiv(n, block_images), programs), dtype=torch.float32, device=device)
+    grad_rows = torch.zeros((total, words.shape[1]) if for_words else (0, 0), dtype=row_dtype, device=device)
+    programs = sum(block.count for block in blocks) * cdiv(block_images, _lanes(block_images))
+    partial = torch.zeros((cdiv(n, block_images), programs), dtype=torch.float32, device=device)
     buffer = torch.empty(total * regions * block_images, dtype=dtype, device=device)
     for index, first in enumerate(range(0, n, block_images)):
         images = min(block_images, n - first)
-        columns = region_units[first : first + images].transpose(0, 1).reshape(-1, width)
+        columns = _gather_regions(region_units, first, images)
         if region_lengths is not None and for_words:
             padding = torch.arange(regions, device=device)[:, None] >= region_lengths[first : first + images]
             columns = columns.masked_fill(padding.view(-1, 1), 0)
         products = buffer[: total * len(columns)].view(total, len(columns))
         torch.mm(words, columns.mT, out=products)
-        image_blocks = triton.cdiv(images, _lanes(images))
+        image_blocks = cdiv(images, _lanes(images))
         for block in blocks:
             with on_device_of(region_units):
                 _reduce_backward[(block.count * image_blocks,)](
@@ -408,18 +430,20 @@ def _backward(
                     enable_fp_fusion=True,
                 )  # fmt: skip
         if for_regions:
-            to_regions = torch.mm(products.mT, words).view(regions, images, width)
+            to_regions = torch.mm(products.mT, words).view(regions, images, -1)[..., :width]
             grad_regions[first : first + images] = to_regions.transpose(0, 1)
         if for_words and several:
             grad_rows += torch.mm(products, columns)
         elif for_words:
             torch.mm(products, columns, out=grad_rows)
-    if for_words and histogram:
-        grad_words = torch.zeros((m * max_words, width), dtype=dtype, device=device)
-        grad_words.index_copy_(0, rows, grad_rows.to(dtype))
+    grad_rows = grad_rows[:, :width].to(dtype)
+    if not for_words:
+        grad_words = grad_rows.view(0)
+    elif histogram:
+        grad_words = torch.zeros((m * max_words, width), dtype=dtype, device=device).index_copy_(0, rows, grad_rows)
         grad_words = grad_words.view(m, max_words, width)
     else:
-        grad_words = grad_rows.to(dtype).view(m, max_words, width) if for_words else grad_rows.to(dtype)
+        grad_words = grad_rows.reshape(m, max_words, width)
     return grad_regions, grad_words, partial.sum().to(smooth.dtype).reshape(smooth.shape)
 
 
@@ -502,4 +526,16 @@ def compile_cases() -> list[CompileCase]:
                 options={"enable_fp_fusion": True},
             )
             cases.append(case)
-    return cases
+    gather = CompileCase(
+        "gather_13k",
+        _gather_kernel,
+        {"units": "*bf16", "rows": "*i64", "out": "*bf16", "width": "i32", "group": "i32",
+         "outer_stride": "i32", "inner_stride": "i32", "out_row": "i32"},
+        {"BLOCK": 1024, "unit_stride": 1},
+        num_warps=4,
+        num_stages=3,
+        divisible=("units", "rows", "out", "outer_stride", "inner_stride", "out_row"),
+        bytes=4.0 * 1024 * 13_000,
+        precision="fp32",
+    )  # fmt: skip
+    return [*cases, gather]

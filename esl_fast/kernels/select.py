@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import on_device_of
+from ._common import next_power_of_2, on_device_of
 from ._op import op
 from .inspect import CompileCase
 
@@ -159,12 +159,12 @@ def _select(weights: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
         torch.cat([weight.float().reshape(-1) for weight in weights], out=flat)
         selected = torch.empty_like(flat)
         with on_device_of(flat):
-            block = triton.next_power_of_2(max(columns))
+            block = next_power_of_2(max(columns))
             _select_rows[(sum(rows),)](
                 flat, selected, columns_out, values, counts,
                 ROW_DIMS=rows, COLUMN_DIMS=columns, BLOCK=block, num_warps=_warps(block), enable_fp_fusion=True,
             )  # fmt: skip
-            block = triton.next_power_of_2(max(rows))
+            block = next_power_of_2(max(rows))
             _select_columns[(sum(columns),)](
                 selected, back_rows, back_values, back_counts,
                 COLUMN_DIMS=columns, ROW_DIMS=rows, BLOCK=block, num_warps=_warps(block), enable_fp_fusion=True,

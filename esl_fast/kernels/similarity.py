@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from esl_fast.kernels._common import on_device_of, padded_rows
+from esl_fast.kernels._common import on_device_of, padded_rows, widened
 from esl_fast.kernels._op import op
 from esl_fast.kernels.inspect import CompileCase
 from esl_fast.kernels.tile import (
@@ -105,8 +105,9 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad):
     image_units, folded_text_units = ctx.saved_tensors
     grad = grad.to(image_units.dtype)
-    grad_image = grad @ folded_text_units if ctx.needs_input_grad[0] else None
-    grad_text = grad.mT @ image_units if ctx.needs_input_grad[1] else None
+    units = image_units.shape[1]
+    grad_image = (grad @ widened(folded_text_units))[:, :units] if ctx.needs_input_grad[0] else None
+    grad_text = (grad.mT @ widened(image_units))[:, :units] if ctx.needs_input_grad[1] else None
     return grad_image, grad_text, None
 
 

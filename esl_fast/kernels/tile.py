@@ -15,10 +15,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from esl_fast.kernels._common import INTERPRETING
+from esl_fast.kernels._common import INTERPRETING, cdiv
 from esl_fast.kernels.inspect import TARGETS, CompileCase
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TMA_FROM = 1 << 18  # scores; making descriptors takes the host longer than they save a small batch
 GROUP = 8  # row blocks that share their columns while these are in L2
 
 
@@ -164,11 +165,11 @@ class Plan:
 
     @property
     def row_blocks(self) -> int:
-        return triton.cdiv(self.n, self.config.rows)
+        return cdiv(self.n, self.config.rows)
 
     @property
     def col_blocks(self) -> int:
-        return triton.cdiv(self.m, self.config.cols)
+        return cdiv(self.m, self.config.cols)
 
 
 def sweeps(plan: Plan) -> tuple[int, int]:
@@ -181,7 +182,7 @@ def sweeps(plan: Plan) -> tuple[int, int]:
 
     def cost(col_groups: int) -> tuple[int, int]:
         row_groups = max(1, min(rows, programs // col_groups))
-        return triton.cdiv(rows, row_groups) * triton.cdiv(cols, col_groups), row_groups
+        return cdiv(rows, row_groups) * cdiv(cols, col_groups), row_groups
 
     col_groups = min(range(1, min(cols, programs) + 1), key=cost)
     return cost(col_groups)[1], col_groups
@@ -197,7 +198,8 @@ def make_plan(a: Tensor, b: Tensor, *, tma: bool | None = None) -> Plan:
     precision = dot_precision(a.dtype)
     target = target_of(a.device)
     if tma is None:
-        tma = target in TMA_CONFIGS and precision != "fp32" and tma_ready(a) and tma_ready(b)
+        large = a.shape[0] * b.shape[0] >= TMA_FROM
+        tma = large and target in TMA_CONFIGS and precision != "fp32" and tma_ready(a) and tma_ready(b)
     config = tile_config(target, precision, tma)
     return Plan(
         config=config,

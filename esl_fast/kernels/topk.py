@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from esl_fast.kernels._common import INTERPRETING, on_device_of, padded_rows
+from esl_fast.kernels._common import INTERPRETING, next_power_of_2, on_device_of, padded_rows
 from esl_fast.kernels._op import op
 from esl_fast.kernels.inspect import CompileCase
 from esl_fast.kernels.similarity import write_similarity
@@ -82,7 +82,7 @@ def topk_update(keys: Tensor, query_units: Tensor, gallery_units: Tensor, offset
                     scratch.stride(0),
                     offset + g,
                     BLOCK=GALLERY_BLOCK,
-                    SLOTS=triton.next_power_of_2(k),
+                    SLOTS=next_power_of_2(k),
                     num_warps=SELECT_WARPS,
                 )
 

@@ -35,6 +35,11 @@ def check_levels(embed_dim: int, kernel_size: int, num_levels: int, aggregator: 
     return dims
 
 
+def tensors_of(parameters: nn.ParameterList) -> list[Tensor]:
+    """As `list(parameters)`, which looks up each by name: much of the time that a small batch takes the host."""
+    return list(parameters._parameters.values())
+
+
 class HeuristicAggregator(nn.Module):
     """Each level filters its predecessor with one learned s-tap window of stride s."""
 
@@ -46,7 +51,8 @@ class HeuristicAggregator(nn.Module):
 
     def forward(self, x: Tensor, levels: int | None = None) -> Tensor:
         """Units of ``x (..., d)``, of levels 0 to ``levels`` (default: all)."""
-        taps = self.weight[:levels].sum(1)
+        weight = self.weight if levels is None else self.weight[:levels]
+        taps = weight.sum(1)
         return ops.aggregate(x, taps, chain=self.chain, normalize=self.normalize)
 
 
@@ -63,7 +69,8 @@ class AdaptiveAggregator(nn.Module):
         """Units of ``x (..., d)``, of levels 0 to ``levels`` (default: all)."""
         # While training every step changes the weights; a cache would only hold on to memory.
         cache = None if self.training else self._cache
-        return ops.aggregate(x, list(self.weights)[:levels], chain=self.chain, normalize=self.normalize, cache=cache)
+        weights = tensors_of(self.weights)[:levels]
+        return ops.aggregate(x, weights, chain=self.chain, normalize=self.normalize, cache=cache)
 
     def train(self, mode: bool = True) -> "AdaptiveAggregator":
         self._cache.clear()
@@ -98,7 +105,7 @@ class Contribution(nn.Module):
     def fold(self, units: Tensor, side: str, levels: Sequence[int] | None = None) -> Tensor:
         """Fold ``units`` of some levels (default: all), in the order of ``levels``."""
         if levels is None:
-            return ops.fold(units, list(self.matrices), self.scales(), side=side)
+            return ops.fold(units, tensors_of(self.matrices), self.scales(), side=side)
         return ops.fold(units, [self.matrices[k] for k in levels], self.scales()[list(levels)], side=side)
 
     @torch.no_grad()
@@ -132,7 +139,8 @@ class NormedContribution(nn.Module):
 
     def matrices(self) -> list[Tensor]:
         """D_k of each level."""
-        return [normed_matrix(*level) for level in zip(self.tables, self.weights, self.biases, strict=True)]
+        parts = map(tensors_of, (self.tables, self.weights, self.biases))
+        return [normed_matrix(*level) for level in zip(*parts, strict=True)]
 
     def fold(self, units: Tensor, side: str) -> Tensor:
         """Fold ``units``; ``side="image"`` is what stands on the left of D."""

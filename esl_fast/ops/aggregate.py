@@ -66,7 +66,9 @@ def aggregate(
     heuristic = isinstance(weights, Tensor)
     tensors = (weights,) if heuristic else tuple(weights)
     _check_levels(x, tensors, heuristic)
-    checks.same_device(x=x, **{f"weights[{i}]": w for i, w in enumerate(tensors)})
+    for i, weight in enumerate(tensors):
+        if weight.device != x.device:
+            checks.same_device(x=x, **{f"weights[{i}]": weight})
     rows = x.reshape(-1, x.shape[-1])
     checks.finite("x", rows)
     options = {"chain": chain, "normalize": normalize}

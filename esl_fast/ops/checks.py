@@ -26,7 +26,8 @@ def matrix(name: str, x: Tensor, width: int | None = None) -> None:
 
 def same_device(**tensors: Tensor) -> None:
     devices = {name: t.device for name, t in tensors.items()}
-    if len(set(devices.values())) > 1:
+    first, *others = devices.values()
+    if any(device != first for device in others):
         raise ValueError("tensors lie on different devices: " + ", ".join(f"{k} on {v}" for k, v in devices.items()))
 
 

@@ -69,9 +69,13 @@ def fold(units: Tensor, matrices: Sequence[Tensor], scales: Tensor, *, side: str
             f"units {tuple(units.shape)} and scales {tuple(scales.shape)} do not fit {len(matrices)} levels of "
             f"{width} units in all"
         )
+    device = units.device
     for level, matrix in enumerate(matrices):
-        checks.matrix(f"matrices[{level}]", matrix, matrix.shape[0])
-    checks.same_device(units=units, scales=scales, **{f"matrices[{i}]": m for i, m in enumerate(matrices)})
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.is_floating_point():
+            checks.matrix(f"matrices[{level}]", matrix, matrix.shape[0])
+        if matrix.device != device:
+            checks.same_device(units=units, **{f"matrices[{level}]": matrix})
+    checks.same_device(units=units, scales=scales)
     rows = units.reshape(-1, width)
     if use_kernels(rows):
         from esl_fast.kernels import contribution as kernel  # Triton is imported only where it is used

@@ -174,7 +174,7 @@ def test_far_addresses(device):
 
 def test_opcheck(device):
     units, matrices, scales = problem(3, [4, 2], torch.float32, device)
-    torch.library.opcheck(torch.ops.esl_fast.fold.default, (units, matrices, scales, "text"))
+    torch.library.opcheck(kernels._fold.registered, (units, matrices, kernels._flat(matrices), scales, "text"))
     w = torch.randn(3).to(device).requires_grad_()
     temperatures = [torch.randn(1).to(device).requires_grad_() for _ in range(2)]
     torch.library.opcheck(torch.ops.esl_fast.degrees_scales.default, (w, *temperatures, True, True, True))

@@ -262,7 +262,8 @@ def test_far_apart(device):
     blocks = kernel.caption_blocks(packing, 4, 128)
     columns = tensors[0].detach().transpose(0, 1).reshape(-1, 8)
     for block in blocks:
-        products = kernel._take(tensors[1].detach(), packing, slice(block.row, block.row + block.rows)) @ columns.mT
+        rows = packing.rows[block.row : block.row + block.rows]
+        products = kernel._gather(tensors[1].detach(), rows)[:, :8] @ columns.mT
         kernel._reduce[(block.count,)](
             products, tensors[2].detach(), packing.order, packing.lengths, packing.offsets, None, wide, far, 1,
             3, 2, 0, block.first, 1, 6, WORDS=block.words, IMAGES=4, LENGTHS=False, EXACT=True,
