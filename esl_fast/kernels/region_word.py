@@ -1,13 +1,12 @@
 """Region-word similarity: products of words and regions in blocks of fixed size, each reduced by one kernel.
 
-A block of products (some captions x some images) is formed by cuBLAS in a buffer of 64 MB, about the size of L2, and a
-kernel reduces it to scores at once; only scores are kept. Both sides are packed without padding: words of captions
-sorted by length one after another, regions region-major, `(R, images)`. A program of the kernel takes one caption and
-16 images: images are lanes, words lie in registers, and it walks the regions, twice forward and three times backward.
-So
+A block of products (some captions x some images) is formed by cuBLAS in a buffer of 128 MB, and a kernel reduces it to
+scores at once; only scores are kept. Both sides are packed without padding: words of captions sorted by length one
+after another, regions region-major, `(R, images)`. A program of the kernel takes one caption and 8 to 32 images: images
+are lanes, words lie in registers, and it walks the regions, twice forward and three times backward. So
 
 - any R costs exactly R steps, and a caption costs its length rounded up to 8, 16, 32, 64 or 128;
-- reductions over regions are sums over steps, those over words stay inside a warp for captions of up to 16 words: no
+- reductions over regions are sums over steps, those over words stay inside a warp for captions of up to 32 words: no
   padded segments, no barrier;
 - norms over words are known within a step; those over regions only after the first walk, hence the second.
 
@@ -41,10 +40,14 @@ from esl_fast.kernels.inspect import CompileCase
 
 EPS = tl.constexpr(1e-8)
 SLOPE = tl.constexpr(0.1)
+STEEP = tl.constexpr(10.0)
+LOG2E = tl.constexpr(1.4426950408889634)
+TWO_LOG2E = tl.constexpr(2.8853900817779268)
+LIMIT = tl.constexpr(92.0)  # of sharpness: 2^92 times a caption's or an image's parts is a float32
 MAX_WORDS = 128
-LANES = 16
+FEWEST_LANES, MOST_LANES = 8, 32
 SMALLEST = 8
-BLOCK_BYTES = 64 << 20  # products that are reduced before the next ones are formed
+BLOCK_BYTES = 128 << 20  # products that are reduced before the next ones are formed
 BLOCK_IMAGES = 224
 GRADIENT_BYTES = 256 << 20  # gradients of products held at a time
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -82,56 +85,67 @@ def pack_captions(word_lengths: Tensor, max_words: int, device: torch.device, *,
 
 
 @triton.jit
-def _activate(products, offset, live, EXACT: tl.constexpr):
-    """Products of one region and their ``leaky_relu(tanh(.))``, 0 where padded."""
-    a = tl.load(products + offset, mask=live, other=0.0).to(tl.float32)
-    size = tl.abs(a)
-    decay = tl.exp(-2.0 * size)
-    t = (1.0 - decay) / (1.0 + decay)
-    if EXACT:  # 1 - decay loses the digits of a small product
+def _inverse(x):
+    """``1 / x`` of positive x: one instruction and a product, where a division takes eight."""
+    root = tl.rsqrt(x)
+    return root * root
+
+
+@triton.jit
+def _activate(products, offset, EXACT: tl.constexpr):
+    """Products of one region and their ``leaky_relu(tanh(.))``."""
+    a = tl.load(products + offset).to(tl.float32)
+    t = 1.0 - 2.0 * _inverse(1.0 + tl.exp2(a * TWO_LOG2E))
+    if EXACT:  # the difference loses the digits of a small product
         square = a * a
         series = 62.0 / 2835.0
         series = series * square - 17.0 / 315.0
         series = series * square + 2.0 / 15.0
         series = series * square - 1.0 / 3.0
         series = series * square + 1.0
-        t = tl.where(size < 0.25, size * series, t)
-    return a, tl.where(a > 0, t, -SLOPE * t)
+        t = tl.where(square < 0.0625, a * series, t)
+    return a, tl.maximum(t, SLOPE * t)
 
 
 @triton.jit
-def _word_scale(b):
+def _word_scale(b, real):
     """``1 / (norm over words + eps)``, one a lane."""
-    return 1.0 / (tl.sqrt(tl.sum(b * b, 0)) + EPS)
+    return 1.0 / (tl.sqrt(tl.sum(b * real * b, 0)) + EPS)
 
 
 @triton.jit
-def _word_weights(b, scale, live_word, smooth):
-    """Softmax over words."""
-    logits = tl.where(live_word, b * (smooth * scale), -float("inf"))
-    weights = tl.exp(logits - tl.max(logits, 0)[None, :])
-    return weights / tl.sum(weights, 0)[None, :]
+def _word_powers(b, sharpness, real, steep):
+    """Softmax over words of ``b * sharpness`` in base 2, times its sum, and that sum, one a lane."""
+    logits = b * sharpness
+    if steep:
+        logits = tl.where(real > 0, logits, -float("inf"))
+        logits -= tl.max(logits, 0)[None, :]
+    powers = tl.exp2(logits) * real
+    return powers, tl.sum(powers, 0)
 
 
 @triton.jit
-def _first_walk(products, offset, regions, step, live, regions_of, smooth, EXACT: tl.constexpr):
+def _first_walk(
+    products, offset, regions, step, real, regions_of, sharpness, steep, LENGTHS: tl.constexpr, EXACT: tl.constexpr
+):  # fmt: skip
     """By word and image: shift, sum of weights and weighted sum of ``a`` of the softmax over regions; region scale."""
-    shift = tl.zeros(live.shape, tl.float32)
-    if tl.abs(smooth) > 64.0:
+    shift = tl.zeros(offset.shape, tl.float32)
+    if steep:
         shift += -float("inf")
         for r in range(0, regions):
-            inside = live & (r < regions_of)[None, :]
-            _, b = _activate(products, offset + r * step, inside, EXACT)
-            logits = b * (smooth * _word_scale(b))[None, :]
-            shift = tl.maximum(shift, tl.where(inside, logits, -float("inf")))
-        shift = tl.where(live, shift, 0.0)
-    weight = tl.zeros(live.shape, tl.float32)
-    weighted = tl.zeros(live.shape, tl.float32)
-    square = tl.zeros(live.shape, tl.float32)
+            _, b = _activate(products + r * step, offset, EXACT)
+            logits = b * (sharpness * _word_scale(b, real))[None, :]
+            shift = tl.maximum(shift, tl.where((r < regions_of)[None, :], logits, -float("inf")))
+    weight = tl.zeros(offset.shape, tl.float32)
+    weighted = tl.zeros(offset.shape, tl.float32)
+    square = tl.zeros(offset.shape, tl.float32)
     for r in range(0, regions):
-        inside = live & (r < regions_of)[None, :]
-        a, b = _activate(products, offset + r * step, inside, EXACT)
-        e = tl.where(inside, tl.exp(b * (smooth * _word_scale(b))[None, :] - shift), 0.0)
+        a, b = _activate(products + r * step, offset, EXACT)
+        e = tl.exp2(b * (sharpness * _word_scale(b, real))[None, :] - shift)
+        if LENGTHS:
+            inside = (r < regions_of)[None, :]
+            e = tl.where(inside, e, 0.0)
+            b = tl.where(inside, b, 0.0)
         weight += e
         weighted += a * e
         square += b * b
@@ -140,14 +154,20 @@ def _first_walk(products, offset, regions, step, live, regions_of, smooth, EXACT
 
 @triton.jit
 def _place(
-    block, lengths, offsets, region_lengths, images, regions, first_image, first_caption, image_blocks, block_row,
+    block, smooth_ptr, lengths, offsets, region_lengths,
+    images, regions, first_image, first_caption, image_blocks, block_row,
     WORDS: tl.constexpr, IMAGES: tl.constexpr, LENGTHS: tl.constexpr,
 ):  # fmt: skip
-    """What one program reduces: its caption (in packed order), images, their products, masks."""
+    """What one program reduces: its caption (in packed order), images, their products; what of it is real.
+
+    Loads need no mask: words past the last repeat it, and ``real`` is 0 for them, else 1; images past the last read
+    whatever follows (launchers leave room behind the block) and are not stored.
+    """
     program = tl.program_id(0).to(tl.int64)
     caption = first_caption.to(tl.int64) + program // image_blocks
     word = tl.arange(0, WORDS)
-    image = program % image_blocks * IMAGES + tl.arange(0, IMAGES)
+    first = program % image_blocks * IMAGES
+    image = first + tl.arange(0, IMAGES)
     length = tl.load(lengths + caption)
     row = tl.load(offsets + caption) - tl.load(offsets + first_caption.to(tl.int64))
     live_image = image < images
@@ -155,9 +175,11 @@ def _place(
     if LENGTHS:
         regions_of = tl.load(region_lengths + first_image.to(tl.int64) + image, mask=live_image, other=1).to(tl.int32)
     # Launchers keep WORDS rows below 2^31 elements, so that offsets within a caption take one register.
-    products = block + row * block_row.to(tl.int64) + program % image_blocks * IMAGES
-    offset = word[:, None] * block_row + tl.arange(0, IMAGES)[None, :]
-    return caption, length, image, regions_of, products, offset, (word < length)[:, None], live_image
+    products = block + row * block_row.to(tl.int64) + first
+    offset = tl.minimum(word, length - 1)[:, None] * block_row + tl.arange(0, IMAGES)[None, :]
+    real = tl.where(word < length, 1.0, 0.0)[:, None] + tl.zeros((WORDS, IMAGES), tl.float32)
+    smooth = tl.load(smooth_ptr).to(tl.float32)
+    return caption, length, image, regions_of, products, offset, real, live_image, smooth
 
 
 @triton.jit(do_not_specialize=[*RUNTIME, "out_row", "out_col"], do_not_specialize_on_alignment=MOVING)
@@ -167,32 +189,36 @@ def _reduce(
     WORDS: tl.constexpr, IMAGES: tl.constexpr, LENGTHS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Scores of captions ``first_caption + i`` (packed order) and ``images`` images from their block of products."""
-    caption, length, image, regions_of, products, offset, live_word, live_image = _place(
-        block, lengths, offsets, region_lengths, images, regions, first_image, first_caption, image_blocks, block_row,
-        WORDS, IMAGES, LENGTHS,
+    caption, length, image, regions_of, products, offset, real, live_image, smooth = _place(
+        block, smooth_ptr, lengths, offsets, region_lengths,
+        images, regions, first_image, first_caption, image_blocks, block_row, WORDS, IMAGES, LENGTHS,
     )  # fmt: skip
-    smooth = tl.load(smooth_ptr).to(tl.float32)
+    sharpness = smooth * LOG2E
+    steep = tl.abs(sharpness) > LIMIT
     step = images
-    live = live_word & live_image[None, :]
-    _, weight, weighted, region_scale = _first_walk(products, offset, regions, step, live, regions_of, smooth, EXACT)
+    _, weight, weighted, region_scale = _first_walk(
+        products, offset, regions, step, real, regions_of, sharpness, steep, LENGTHS, EXACT
+    )
     by_regions = tl.zeros((IMAGES,), tl.float32)
     for r in range(0, regions):
-        inside = r < regions_of
-        a, b = _activate(products, offset + r * step, live & inside[None, :], EXACT)
-        attended = tl.sum(a * _word_weights(b, region_scale, live_word, smooth), 0)
-        by_regions += tl.where(inside, attended, 0.0)
-    by_words = tl.sum(tl.where(live, weighted / weight, 0.0), 0)
+        a, b = _activate(products + r * step, offset, EXACT)
+        powers, total = _word_powers(b, sharpness * region_scale, real, steep)
+        attended = tl.sum(a * powers, 0) / total
+        if LENGTHS:
+            attended = tl.where(r < regions_of, attended, 0.0)
+        by_regions += attended
+    by_words = tl.sum(weighted / weight * real, 0)
     score = by_words / length.to(tl.float32) + by_regions / regions_of.to(tl.float32)
     row = (first_image.to(tl.int64) + image) * out_row.to(tl.int64)
     tl.store(out + row + tl.load(order + caption) * out_col.to(tl.int64), score, mask=live_image)
 
 
 @triton.jit
-def _regions_gradient(a, b, scale, live_word, smooth, grad):
+def _regions_gradient(a, b, sharpness, real, steep, grad):
     """Weights of regions over words times the gradient to their means; gradient to what the softmax is taken of."""
-    weights = _word_weights(b, scale, live_word, smooth)
-    mean = tl.sum(a * weights, 0)
-    weights = weights * grad[None, :]
+    powers, total = _word_powers(b, sharpness, real, steep)
+    mean = tl.sum(a * powers, 0) / total
+    weights = powers * (grad / total)[None, :]
     return weights, weights * (a - mean[None, :])
 
 
@@ -215,56 +241,59 @@ def _reduce_backward(
     WORDS: tl.constexpr, IMAGES: tl.constexpr, LENGTHS: tl.constexpr, EXACT: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Overwrite a block of products by their gradients; ``partial`` takes each program's share of that to smooth."""
-    caption, length, image, regions_of, products, offset, live_word, live_image = _place(
-        block, lengths, offsets, region_lengths, images, regions, first_image, first_caption, image_blocks, block_row,
-        WORDS, IMAGES, LENGTHS,
+    caption, length, image, regions_of, products, offset, real, live_image, smooth = _place(
+        block, smooth_ptr, lengths, offsets, region_lengths,
+        images, regions, first_image, first_caption, image_blocks, block_row, WORDS, IMAGES, LENGTHS,
     )  # fmt: skip
-    smooth = tl.load(smooth_ptr).to(tl.float32)
+    sharpness = smooth * LOG2E
+    steep = tl.abs(sharpness) > LIMIT
     step = images
-    live = live_word & live_image[None, :]
     shift, weight, weighted, region_scale = _first_walk(
-        products, offset, regions, step, live, regions_of, smooth, EXACT
+        products, offset, regions, step, real, regions_of, sharpness, steep, LENGTHS, EXACT
     )
-    inverse = tl.where(live, 1.0 / weight, 0.0)
+    inverse = real / weight
     mean = weighted * inverse
     place = (first_image.to(tl.int64) + image) * grad_row.to(tl.int64)
     place += tl.load(order + caption) * grad_col.to(tl.int64)
     grad = tl.load(grad_ptr + place, mask=live_image, other=0.0).to(tl.float32)
-    grad_word = grad / length.to(tl.float32)
+    inverse *= (grad / length.to(tl.float32))[None, :]
     grad_region = grad / regions_of.to(tl.float32)
 
-    region_dot = tl.zeros(live.shape, tl.float32)
+    region_dot = tl.zeros(offset.shape, tl.float32)
     for r in range(0, regions):
-        inside = r < regions_of
-        a, b = _activate(products, offset + r * step, live & inside[None, :], EXACT)
-        grad_here = tl.where(inside, grad_region, 0.0)
-        _, to_words = _regions_gradient(a, b, region_scale, live_word, smooth, grad_here)
+        a, b = _activate(products + r * step, offset, EXACT)
+        grad_here = tl.where(r < regions_of, grad_region, 0.0)
+        _, to_words = _regions_gradient(a, b, sharpness * region_scale, real, steep, grad_here)
         region_dot += to_words * b
     grad_smooth = tl.sum(region_dot * region_scale, 0)
     region_along = _along(region_scale, region_dot)
 
-    written = live
-    if PADDED:
-        written = (tl.arange(0, WORDS) < row_words)[:, None] & live_image[None, :]
+    word = tl.arange(0, WORDS)
+    written = (word < (row_words if PADDED else length))[:, None] & live_image[None, :]
+    # Not `offset`: what repeats the last word must not overwrite it.
+    place = word[:, None] * block_row + tl.arange(0, IMAGES)[None, :]
     for r in range(0, regions):
-        inside = r < regions_of
-        live_here = live & inside[None, :]
-        a, b = _activate(products, offset + r * step, live_here, EXACT)
-        scale = _word_scale(b)
-        e = tl.where(live_here, tl.exp(b * (smooth * scale)[None, :] - shift), 0.0)
-        p = e * inverse * grad_word[None, :]
+        a, b = _activate(products + r * step, offset, EXACT)
+        scale = _word_scale(b, real)
+        e = tl.exp2(b * (sharpness * scale)[None, :] - shift)
+        grad_here = grad_region
+        if LENGTHS:
+            inside = r < regions_of
+            e = tl.where(inside[None, :], e, 0.0)
+            grad_here = tl.where(inside, grad_region, 0.0)
+        p = e * inverse
         to_regions = p * (a - mean)
-        grad_here = tl.where(inside, grad_region, 0.0)
-        q, to_words = _regions_gradient(a, b, region_scale, live_word, smooth, grad_here)
+        q, to_words = _regions_gradient(a, b, sharpness * region_scale, real, steep, grad_here)
         word_dot = tl.sum(to_regions * b, 0)
         grad_smooth += word_dot * scale
         grad_b = to_regions * scale[None, :] + to_words * region_scale
         grad_b -= b * (_along(scale, word_dot)[None, :] + region_along)
-        slope = tl.where(a > 0, 1.0, SLOPE)
-        t = b / slope
-        grad_a = p + q + grad_b * smooth * slope * (1.0 - t * t)
-        grad_a = tl.where(live_here, grad_a, 0.0)
-        tl.store(products + offset + r * step, grad_a.to(block.dtype.element_ty), mask=written)
+        t = tl.where(a > 0, b, b * STEEP)
+        grad_a = p + q + grad_b * smooth * tl.where(a > 0, 1.0, SLOPE) * (1.0 - t * t)
+        grad_a *= real
+        if LENGTHS:
+            grad_a = tl.where(inside[None, :], grad_a, 0.0)
+        tl.store(products + r * step + place, grad_a.to(block.dtype.element_ty), mask=written)
     tl.store(partial + tl.program_id(0), tl.sum(tl.where(live_image, grad_smooth, 0.0), 0))
 
 
@@ -299,12 +328,10 @@ def caption_blocks(packing: Packing, max_words: int, max_rows: int) -> list[Bloc
     return blocks
 
 
-def _warps(words: int) -> int:
-    return max(1, words // 16)
-
-
-def _lanes(images: int) -> int:
-    return min(LANES, next_power_of_2(images))
+def _tile(words: int, images: int) -> tuple[int, int]:
+    """Images a program takes, and its warps: each has 256 products a region, 8 of them a thread."""
+    lanes = min(max(FEWEST_LANES, 256 // words), next_power_of_2(images))
+    return lanes, max(1, words * lanes // 256)
 
 
 @triton.jit(do_not_specialize=["width", "group"])
@@ -312,17 +339,21 @@ def _gather_kernel(
     units, rows, out, width, group, outer_stride, inner_stride, unit_stride, out_row,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``out[i] = units[rows[i] // group, rows[i] % group]``, zeros from ``width`` on."""
+    """``out[i] = units[rows[i] // group, rows[i] % group]``, zeros from ``width`` on and where ``rows[i]`` is -1."""
     program = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + program)
     unit = tl.arange(0, BLOCK)
+    end = tl.where(row >= 0, width, 0)
     start = units + row // group * outer_stride + row % group * inner_stride
-    values = tl.load(start + unit.to(tl.int64) * unit_stride, mask=unit < width, other=0.0)
+    values = tl.load(start + unit.to(tl.int64) * unit_stride, mask=unit < end, other=0.0)
     tl.store(out + program * out_row + unit, values, mask=unit < out_row)
 
 
 def _gather(units: Tensor, rows: Tensor) -> Tensor:
-    """Rows ``rows (n,)`` of ``units.view(-1, U)``, ``(n, U)`` and zeros up to a multiple of 64, for cuBLAS."""
+    """Rows ``rows (n,)`` of ``units.view(-1, U)``, ``(n, U)`` and zeros up to a multiple of 64, for cuBLAS.
+
+    Row -1 is zeros throughout.
+    """
     _, group, width = units.shape
     out = torch.empty((len(rows), cdiv(width, PADDING) * PADDING), dtype=units.dtype, device=units.device)
     with on_device_of(units):
@@ -333,11 +364,17 @@ def _gather(units: Tensor, rows: Tensor) -> Tensor:
     return out
 
 
-def _gather_regions(region_units: Tensor, first: int, images: int) -> Tensor:
-    """Regions of ``images`` images from ``first`` on, region-major ``(R * images, U)``, as :func:`_gather`."""
+def _gather_regions(region_units: Tensor, first: int, images: int, lengths: Tensor | None) -> Tensor:
+    """Regions of ``images`` images from ``first`` on, region-major ``(R * images, U)``, as :func:`_gather`.
+
+    Regions past ``lengths`` are zeros, whatever they hold.
+    """
     regions = region_units.shape[1]
-    rows = torch.arange(images * regions, device=region_units.device).view(images, regions).mT.reshape(-1)
-    return _gather(region_units[first : first + images], rows)
+    region = torch.arange(regions, device=region_units.device)[:, None]
+    rows = region + torch.arange(images, device=region_units.device) * regions
+    if lengths is not None:
+        rows = torch.where(region < lengths[first : first + images], rows, -1)
+    return _gather(region_units[first : first + images], rows.view(-1))
 
 
 def _exact(x: Tensor) -> bool:
@@ -357,21 +394,22 @@ def _forward(
     block_images = min(n, BLOCK_IMAGES)
     elements = BLOCK_BYTES // region_units.element_size()
     blocks = caption_blocks(packing, max_words, max(MAX_WORDS, elements // (regions * block_images)))
-    buffer = region_units.new_empty(max(b.rows for b in blocks), regions * block_images)
+    buffer = region_units.new_empty(max(b.rows for b in blocks) * regions * block_images + MOST_LANES)
     for first in range(0, n, block_images):
         images = min(block_images, n - first)
-        columns = _gather_regions(region_units, first, images)
-        image_blocks = cdiv(images, _lanes(images))
+        columns = _gather_regions(region_units, first, images, region_lengths)
         for block in blocks:
+            lanes, warps = _tile(block.words, images)
+            image_blocks = cdiv(images, lanes)
             words = _gather(word_units, packing.rows[block.row : block.row + block.rows])
-            products = buffer.view(-1)[: block.rows * len(columns)].view(block.rows, len(columns))
+            products = buffer[: block.rows * len(columns)].view(block.rows, len(columns))
             torch.mm(words, columns.mT, out=products)
             with on_device_of(region_units):
                 _reduce[(block.count * image_blocks,)](
                     products, smooth, order, lengths, offsets, region_lengths, out, out.stride(0), out.stride(1),
                     images, regions, first, block.first, image_blocks, len(columns),
-                    WORDS=block.words, IMAGES=_lanes(images), LENGTHS=region_lengths is not None,
-                    EXACT=_exact(region_units), num_warps=_warps(block.words), enable_fp_fusion=True,
+                    WORDS=block.words, IMAGES=lanes, LENGTHS=region_lengths is not None,
+                    EXACT=_exact(region_units), num_warps=warps, enable_fp_fusion=True,
                 )  # fmt: skip
     return out
 
@@ -396,10 +434,10 @@ def _backward(
     if n == 0 or total == 0:
         zeros = torch.zeros(word_units.shape if for_words else (0,), dtype=dtype, device=device)
         return grad_regions.zero_(), zeros, torch.zeros_like(smooth)
-    words = _gather(word_units, packing.rows)
-    if not histogram and for_regions:  # gradients there are 0, but 0 times a NaN is not
-        padding = torch.arange(max_words, device=device) >= lengths[:, None]
-        words = words.masked_fill(padding.view(-1, 1), 0)
+    if not histogram:  # gradients of padding are 0, but 0 times a NaN is not
+        real = torch.arange(max_words, device=device) < lengths[:, None]
+        rows = torch.where(real.view(-1), rows, -1)
+    words = _gather(word_units, rows)
     columns = min(GRADIENT_BYTES // (region_units.element_size() * total), 2**31 // (2 * MAX_WORDS))
     block_images = columns // regions
     block_images = max(1, min(n, block_images))
@@ -407,28 +445,27 @@ def _backward(
     several = n > block_images
     row_dtype = torch.float32 if several else dtype
     grad_rows = torch.zeros((total, words.shape[1]) if for_words else (0, 0), dtype=row_dtype, device=device)
-    programs = sum(block.count for block in blocks) * cdiv(block_images, _lanes(block_images))
+    programs = sum(block.count * cdiv(block_images, _tile(block.words, block_images)[0]) for block in blocks)
     partial = torch.zeros((cdiv(n, block_images), programs), dtype=torch.float32, device=device)
-    buffer = torch.empty(total * regions * block_images, dtype=dtype, device=device)
+    buffer = torch.empty(total * regions * block_images + MOST_LANES, dtype=dtype, device=device)
     for index, first in enumerate(range(0, n, block_images)):
         images = min(block_images, n - first)
-        columns = _gather_regions(region_units, first, images)
-        if region_lengths is not None and for_words:
-            padding = torch.arange(regions, device=device)[:, None] >= region_lengths[first : first + images]
-            columns = columns.masked_fill(padding.view(-1, 1), 0)
+        columns = _gather_regions(region_units, first, images, region_lengths)
         products = buffer[: total * len(columns)].view(total, len(columns))
         torch.mm(words, columns.mT, out=products)
-        image_blocks = cdiv(images, _lanes(images))
+        program = 0
         for block in blocks:
+            lanes, warps = _tile(block.words, images)
+            image_blocks = cdiv(images, lanes)
             with on_device_of(region_units):
                 _reduce_backward[(block.count * image_blocks,)](
                     products[block.row :], smooth, order, lengths, offsets, region_lengths,
-                    grad, grad.stride(0), grad.stride(1), partial[index, block.first * image_blocks :],
+                    grad, grad.stride(0), grad.stride(1), partial[index, program:],
                     images, regions, max_words, first, block.first, image_blocks, len(columns),
-                    WORDS=block.words, IMAGES=_lanes(images), LENGTHS=region_lengths is not None,
-                    EXACT=_exact(region_units), PADDED=not histogram, num_warps=_warps(block.words),
-                    enable_fp_fusion=True,
+                    WORDS=block.words, IMAGES=lanes, LENGTHS=region_lengths is not None,
+                    EXACT=_exact(region_units), PADDED=not histogram, num_warps=warps, enable_fp_fusion=True,
                 )  # fmt: skip
+            program += block.count * image_blocks
         if for_regions:
             to_regions = torch.mm(products.mT, words).view(regions, images, -1)[..., :width]
             grad_regions[first : first + images] = to_regions.transpose(0, 1)
@@ -505,7 +542,8 @@ def compile_cases() -> list[CompileCase]:
     aligned = tuple(name for name, kind in (forward | backward).items() if kind[0] == "*" and name not in MOVING)
     cases = []
     for dtype, words in (("bf16", 8), ("bf16", 16), ("bf16", 32), ("bf16", 128), ("fp32", 16), ("fp32", 128)):
-        constants = {"WORDS": words, "IMAGES": LANES, "LENGTHS": True, "EXACT": dtype == "fp32"}
+        lanes, warps = _tile(words, BLOCK_IMAGES)
+        constants = {"WORDS": words, "IMAGES": lanes, "LENGTHS": True, "EXACT": dtype == "fp32"}
         for name, kernel, signature in (("forward", _reduce, forward), ("backward", _reduce_backward, backward)):
             if kernel is _reduce_backward:
                 constants = {**constants, "PADDED": False}
@@ -517,7 +555,7 @@ def compile_cases() -> list[CompileCase]:
                 kernel,
                 {**signature, "block": f"*{dtype}"},
                 constants,
-                _warps(words),
+                warps,
                 num_stages=3,
                 divisible=tuple(name for name in aligned if name in signature),
                 flops=25.0 * passes * elements,
