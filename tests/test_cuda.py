@@ -1,9 +1,13 @@
 """What only a GPU can show; the kernels' arithmetic is tested in tests/kernels, on a GPU or interpreted."""
 
+import copy
+
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 import esl_fast
+from benchmarks.cases.common import by_level
 
 pytestmark = [
     pytest.mark.cuda,
@@ -22,27 +26,39 @@ def paired_loss(head, images, texts):
     return esl_fast.contrastive_loss(*head.sides(images, texts[: len(images)]), 14.3)
 
 
+def by_definition(head, images, texts):
+    """Scores, and the gradients of :func:`paired_loss`, all in the dtype of the features and of the head."""
+    scores = by_level(head, images, texts)
+    logits, labels = 14.3 * scores[:, : len(images)], torch.arange(len(images), device=images.device)
+    loss = (cross_entropy(logits, labels) + cross_entropy(logits.mT, labels)) / 2
+    return [scores.detach(), *torch.autograd.grad(loss, [images, texts, *head.parameters()])]
+
+
 @pytest.mark.parametrize("aggregator", ["heuristic", "adaptive"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_errors_do_not_exceed_those_of_plain_pytorch(aggregator, dtype):
     head, images, texts = head_and_features(aggregator, dtype)
-    results = {}
-    for backend in ("triton", "torch"):
-        with esl_fast.use_backend(backend):
-            inputs = [images, texts, *head.parameters()]
-            results[backend] = [
-                head(images, texts).detach(),
-                *torch.autograd.grad(paired_loss(head, images, texts), inputs),
-            ]
-    exact_head = head.double()
-    exact = [t.detach().double().requires_grad_() for t in (images, texts)]
-    with esl_fast.use_backend("torch"):
-        gradients = torch.autograd.grad(paired_loss(exact_head, *exact), [*exact, *exact_head.parameters()])
-        expected = [exact_head(*exact).detach(), *gradients]
-    largest = max(g.norm() for g in expected[1:])
-    for ours, naive, true in zip(results["triton"], results["torch"], expected, strict=True):
+    loss = paired_loss(head, images, texts)
+    ours = [head(images, texts).detach(), *torch.autograd.grad(loss, [images, texts, *head.parameters()])]
+    naive = by_definition(copy.deepcopy(head).to(dtype), images, texts)
+    doubles = [t.detach().double().requires_grad_() for t in (images, texts)]
+    exact = by_definition(copy.deepcopy(head).double(), *doubles)
+    largest = max(g.norm() for g in exact[1:])
+    for found, plain, true in zip(ours, naive, exact, strict=True):
         floor = 1e-5 * max(true.norm(), 1e-2 * largest)
-        assert (ours.double() - true).norm() <= 1.5 * (naive.double() - true).norm() + floor
+        # A few numbers may be lucky: those of plain PyTorch as well.
+        slack = 1.5 if true.numel() > 100 else 4
+        assert (found.double() - true).norm() <= slack * (plain.double() - true).norm() + floor
+
+
+def test_graphed_training_step_is_eager():
+    head, images, texts = head_and_features("adaptive", torch.bfloat16)
+    images, texts = images.detach().requires_grad_(), texts.detach().requires_grad_()
+    grad = torch.randn(SIZES, device="cuda", dtype=torch.bfloat16)
+    expected = torch.autograd.grad(head(images, texts), [images, texts, *head.parameters()], grad)
+    graphed = torch.cuda.make_graphed_callables(copy.deepcopy(head), (images, texts))
+    found = torch.autograd.grad(graphed(images, texts), [images, texts, *graphed.parameters()], grad)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("aggregator", ["heuristic", "adaptive"])

@@ -78,9 +78,15 @@ def head_step(device: torch.device, dtype: str, n: int, m: int, aggregator: str)
 
     x = torch.randn(n, common.PRODUCT_UNITS, device=device, dtype=DTYPES[dtype])
     y = torch.randn(m, common.PRODUCT_UNITS, device=device, dtype=DTYPES[dtype])
+    graphed = {}
+    if device.type == "cuda":
+        leaves = images.detach().requires_grad_(), texts.detach().requires_grad_()
+        module = torch.cuda.make_graphed_callables(copy.deepcopy(head), leaves)
+        graphed["graphed"] = lambda: torch.autograd.grad(module(*leaves), (*leaves, *module.parameters()), grad)
     return Problem(
         {
             "ours": ours,
+            **graphed,
             "pytorch": lambda: step(common.by_level, naive_head, images, texts, grad),
             "compiled": lambda: step(by_level, naive_head, images, texts, grad),
             "cosine": cosine,

@@ -36,7 +36,7 @@ def _load_embeddings(x_ptr, x_row, x_col, rows, columns, n, DIM: tl.constexpr, N
     if NORMALIZE:
         norm = tl.sqrt_rn(tl.sum(x * x, 1))
         norm = tl.where(rows < n, norm, 1.0)
-        x = tl.div_rn(x, tl.broadcast_to(norm[:, None], x.shape))
+        x = x * (1.0 / norm)[:, None]
     else:
         norm = tl.full((x.shape[0],), 1.0, tl.float32)
     return x, norm
@@ -46,7 +46,7 @@ def _load_embeddings(x_ptr, x_row, x_col, rows, columns, n, DIM: tl.constexpr, N
 def _l2norm(z):
     """``z / (||z|| + eps)`` and ``||z||``."""
     norm = tl.sqrt_rn(tl.sum(z * z, 1))
-    return tl.div_rn(z, tl.broadcast_to((norm + EPS)[:, None], z.shape)), norm
+    return z * (1.0 / (norm + EPS))[:, None], norm
 
 
 @triton.jit
@@ -197,9 +197,9 @@ def _heuristic_config(embed_dim: int, size: int, levels: int) -> tuple[dict, int
     radix = next_power_of_2(size)
     top = next_power_of_2(cdiv(embed_dim, size ** (len(dims) - 1)))
     positions = top * radix ** (len(dims) - 1)
-    # 8 elements a thread where possible: all levels stay in registers.
-    rows = max(1, 1024 // positions)
-    warps = min(16 if positions > 4096 else 8, max(4, rows * positions // 256))
+    # A warp an embedding, 16 elements a thread: all levels stay in registers and no norm waits for another warp.
+    rows = max(1, 512 // positions)
+    warps = min(16, max(1, positions // 512))
     constants = {
         "DIMS": tuple(dims),
         "OFFSETS": (0, *accumulate(dims)),
@@ -452,9 +452,9 @@ def _adaptive_config(dims: tuple[int, ...]) -> tuple[dict, int]:
         "PADDED": padded,
         "OFFSETS": (0, *accumulate(dims)),
         "STARTS": (0, *accumulate(r * c for r, c in zip(rows, columns, strict=True))),
-        "ROWS": max(1, min(4, 4096 // padded[0])),
+        "ROWS": max(1, min(8, 4096 // padded[0])),
     }
-    return constants, min(8, max(4, constants["ROWS"] * padded[0] // 512))
+    return constants, 4 if padded[0] <= 512 else 8
 
 
 def _transposed(units: int, samples: int, device: torch.device) -> Tensor:

@@ -97,8 +97,9 @@ def _sums_kernel(
 
     Row results are ``(col_groups, n)``, added to from tile to tile; column results are ``(row_groups, m)``.
     """
-    row_group = tl.program_id(0).to(tl.int64) // col_groups
-    col_group = tl.program_id(0).to(tl.int64) % col_groups
+    # Blocks are counted in 32 bits: a division in 64 takes a hundred instructions.
+    row_group = tl.program_id(0) // col_groups
+    col_group = tl.program_id(0) % col_groups
     sweep = sweep_length(tl.cdiv(n, ROWS), row_group, row_groups)
     tiles = sweep * sweep_length(tl.cdiv(m, COLS), col_group, col_groups)
     scale = tl.load(logit_scale).to(tl.float32) * LOG2E
@@ -111,8 +112,8 @@ def _sums_kernel(
     third = zeros
     fourth = zeros
     for tile in tl.range(0, tiles, flatten=FLATTEN):
-        row = (row_group + tile % sweep * row_groups) * ROWS
-        first_col = (col_group + tile // sweep * col_groups) * COLS
+        row = (row_group + tile % sweep * row_groups).to(tl.int64) * ROWS
+        first_col = (col_group + tile // sweep * col_groups).to(tl.int64) * COLS
         scores = tile_product(
             a, b, row, first_col, n, m, units, a_row, a_unit, b_row, b_unit,
             ROWS, COLS, DEPTH, TMA, PRECISION, UPCAST,
@@ -133,9 +134,9 @@ def _sums_kernel(
                     same = _same(image_ids, text_ids, row, col, n, m, ROWS, COLS // 4, MODE)
                     if MODE == 1:
                         chosen = tl.where(same, score * scale, 0.0)
-                        by_row = row_positives + col_group * n + row + r
+                        by_row = row_positives + col_group.to(tl.int64) * n + row + r
                         tl.atomic_add(by_row, tl.sum(chosen, 1), mask=row_live, sem="relaxed")
-                        by_col = col_positives + row_group * m + col + c
+                        by_col = col_positives + row_group.to(tl.int64) * m + col + c
                         tl.atomic_add(by_col, tl.sum(chosen, 0), mask=c < m - col, sem="relaxed")
                     else:
                         counted &= same == 0
@@ -151,13 +152,13 @@ def _sums_kernel(
             else:
                 fourth += col_sum
         # One program adds to an element, always from the same thread, so the order is fixed.
-        tl.atomic_add(row_sums + col_group * n + row + r, row_sum, mask=row_live, sem="relaxed")
+        tl.atomic_add(row_sums + col_group.to(tl.int64) * n + row + r, row_sum, mask=row_live, sem="relaxed")
         last = tile % sweep == sweep - 1
         if last:
             for part in tl.static_range(4):
                 total = first if part == 0 else second if part == 1 else third if part == 2 else fourth
                 at = first_col + part * (COLS // 4) + c
-                tl.store(col_sums + row_group * m + at, tl.sum(total, 0), mask=at < m)
+                tl.store(col_sums + row_group.to(tl.int64) * m + at, tl.sum(total, 0), mask=at < m)
         going_on = 1.0 - last.to(tl.float32)  # a product: selecting zeros here crashes Triton 3.6
         first *= going_on
         second *= going_on
@@ -271,15 +272,15 @@ def _gradient_kernel(
     ``gradient = 2^(logit - row_term) + 2^(logit - col_term)``, or with a finite ``center``
     ``2^(logit - center) * (row_term + col_term)``, less ``row_target + col_target`` where ids say what is positive.
     """
-    row_blocks = tl.cdiv(last_row - first_row, ROWS).to(tl.int64)
-    col_blocks = tl.cdiv(m, COLS).to(tl.int64)
+    row_blocks = tl.cdiv(last_row - first_row, ROWS)
+    col_blocks = tl.cdiv(m, COLS)
     scale = tl.load(logit_scale).to(tl.float32) * LOG2E
     shift = tl.load(center)
     centered = shift < float("inf")
     dead = tl.where(centered, 0.0, float("inf"))
     stride = tl.multiple_of(grad_row.to(tl.int64), 16)
     by_row = tl.zeros((ROWS,), tl.float32)
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     r = tl.arange(0, ROWS)
     c = tl.arange(0, COLS // 4)
     for tile in tl.range(program, row_blocks * col_blocks, tl.num_programs(0), flatten=FLATTEN):
@@ -422,7 +423,7 @@ def contrastive_forward(
         sides = (empty[:n].clone(), empty[n:].clone(), empty[:n].clone(), empty[n:].clone())
         return zero, zero.clone(), *sides, empty[:0].clone(), zero.clone()
     with on_device_of(image_units):
-        plan = make_plan(image_units, folded_text_units)
+        plan = make_plan(image_units, folded_text_units, sweep=True)
         diagonal = paired_scores(plan, image_units, folded_text_units)
         logs = _logs(plan, logit_scale.to(torch.float32), diagonal, image_ids, text_ids, mode)
         row_counts = col_counts = None
@@ -478,7 +479,7 @@ def contrastive_backward(
         grad_text = folded_text_units.new_zeros(m if needs_text else 0, units)
         return grad_image.zero_(), grad_text, torch.zeros_like(logit_scale)
     with on_device_of(image_units):
-        plan = make_plan(image_units, folded_text_units)
+        plan = make_plan(image_units, folded_text_units, sweep=True)
         factor = grad.to(torch.float32) * weight
         unit_factor = factor * logit_scale.to(torch.float32)
         scratch = padded_rows(min(n, CHUNK), m, image_units.dtype, image_units.device)
@@ -653,17 +654,29 @@ def compile_cases() -> list[CompileCase]:
     ids = {"image_ids": "*i32", "text_ids": "*i32", "logit_scale": "*fp32"}
     groups = {"center": "*fp32", "row_groups": "i32", "col_groups": "i32"}
     positives = ("row_positives", "col_positives")
-    with_positives = [
-        (name, extra | ({} if name == "positive" else dict.fromkeys(positives))) for name, extra in variants
-    ]
+
+    def of(kernel: Any) -> list[tuple[str, dict[str, Any]]]:
+        """The variants as the launchers run ``kernel``."""
+        found = []
+        for name, extra in variants:
+            if "row_positives" in kernel.arg_names and name != "positive":
+                extra = extra | dict.fromkeys(positives)
+            if "FLATTEN" in kernel.arg_names and name != "diagonal":
+                extra = extra | {"FLATTEN": False}
+            if "GROUP" in kernel.arg_names:
+                extra = extra | {"GROUP": GROUP}
+            found.append((name, extra))
+        return found
+
     sums, online = (
         tile_cases(
             f"contrastive_{name}_32k",
             kernel,
             {**ids, **groups, **dict.fromkeys((*results, *positives), "*fp32")},
-            with_positives,
+            of(kernel),
             lambda itemsize: (2.0 * n * n * units, itemsize * 2.0 * n * units),
             divisible=(*results, *positives),
+            sweep=True,
         )
         for name, kernel, results in (
             ("sums", _sums_kernel, ("row_sums", "col_sums")),
@@ -677,9 +690,10 @@ def compile_cases() -> list[CompileCase]:
         "contrastive_gradient_4k_x_32k",
         _gradient_kernel,
         {**ids, **sides, "grad": "OUT", "first_row": "i32", "last_row": "i32", "grad_row": "i32"},
-        [(name, {"GROUP": GROUP, **extra}) for name, extra in variants],
+        of(_gradient_kernel),
         lambda itemsize: (2.0 * CHUNK * n * units, itemsize * (1.0 * (CHUNK + n) * units + CHUNK * n)),
         divisible=("row_terms", "col_terms", "row_target", "col_target", "grad"),
+        sweep=True,
     )
     merge = CompileCase(
         name="merge_32k_x_66",

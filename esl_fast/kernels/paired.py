@@ -26,8 +26,8 @@ def _paired_kernel(
     a, b, owners, scores, best, pairs, units, a_row, a_unit, b_row, b_unit,
     PAIRS: tl.constexpr, DEPTH: tl.constexpr, OWNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """With ``OWNED``, scores that are not finite become NaN, and ``best`` takes each image's highest; there they count
-    as the lowest finite number."""
+    """With ``OWNED``, scores that are not finite become the lowest finite number, and ``best`` takes each image's
+    highest."""
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     live = pair < pairs
     image = pair
@@ -37,10 +37,18 @@ def _paired_kernel(
     y_row = b + tl.where(live, pair, 0)[:, None] * b_row
     offset = tl.arange(0, DEPTH).to(tl.int64)
     acc = tl.zeros((PAIRS, PAIRS), tl.float32)
-    for k in range(0, units, DEPTH):
-        inside = (k + offset < units)[None, :]
-        x = tl.load(x_row + (k + offset)[None, :] * a_unit, mask=inside, other=0.0)
-        y = tl.load(y_row + (k + offset)[None, :] * b_unit, mask=inside, other=0.0)
+    whole = units // DEPTH * DEPTH
+    for k in range(0, whole, DEPTH):  # without a mask, which would make the loads narrow
+        x = tl.load(x_row + (k + offset)[None, :] * a_unit)
+        y = tl.load(y_row + (k + offset)[None, :] * b_unit)
+        if UPCAST:
+            x = x.to(tl.float32)
+            y = y.to(tl.float32)
+        acc = tl.dot(x, y.T, acc, input_precision=PRECISION)
+    if whole < units:
+        inside = (whole + offset < units)[None, :]
+        x = tl.load(x_row + (whole + offset)[None, :] * a_unit, mask=inside, other=0.0)
+        y = tl.load(y_row + (whole + offset)[None, :] * b_unit, mask=inside, other=0.0)
         if UPCAST:
             x = x.to(tl.float32)
             y = y.to(tl.float32)
@@ -48,9 +56,8 @@ def _paired_kernel(
     index = tl.arange(0, PAIRS)
     own = tl.sum(tl.where(index[:, None] == index[None, :], acc, 0.0), 0)
     if OWNED:
-        finite = tl.abs(own) < float("inf")
-        own = tl.where(finite, own, float("nan"))
-        tl.atomic_max(best + image, tl.where(finite, own, LOWEST), mask=live, sem="relaxed")
+        own = tl.where(tl.abs(own) < float("inf"), own, LOWEST)
+        tl.atomic_max(best + image, own, mask=live, sem="relaxed")
     tl.store(scores + pair, own, mask=live)
 
 
@@ -67,8 +74,7 @@ def paired_scores(plan: Plan, images: Tensor, texts: Tensor) -> Tensor:
 def owned_scores(plan: Plan, images: Tensor, texts: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
     """Best score of each image among its own texts, and of each text with its image ``owners (M,)``, float32.
 
-    A text's score that is not finite is NaN. An image none of whose scores is finite has the lowest finite number, one
-    without texts -inf.
+    A score that is not finite is the lowest finite number. An image without texts has -inf.
     """
     scores = torch.empty(texts.shape[0], dtype=torch.float32, device=texts.device)
     best = torch.full((images.shape[0],), -torch.inf, dtype=torch.float32, device=texts.device)

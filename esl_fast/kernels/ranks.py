@@ -31,6 +31,13 @@ from esl_fast.kernels.tile import (
 )
 
 
+@triton.jit
+def _below(score, bar):
+    """1 where ``score < bar``, for a score that is finite or inf, and a bar that is finite or -inf: the sign of their
+    difference, which is counted in two instructions, where a comparison takes four."""
+    return ((score - bar).to(tl.uint32, bitcast=True) >> 31).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["n", "m", "units", "row_groups", "col_groups"])
 def _count_kernel(
     a, b, row_bars, col_bars, row_counts, col_counts, n, m, units, a_row, a_unit, b_row, b_unit, row_groups, col_groups,
@@ -38,51 +45,66 @@ def _count_kernel(
     TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """How many scores of each row and column lie below its bar."""
-    row_group = tl.program_id(0).to(tl.int64) // col_groups
-    col_group = tl.program_id(0).to(tl.int64) % col_groups
+    # Blocks are counted in 32 bits: a division in 64 takes a hundred instructions.
+    row_group = tl.program_id(0) // col_groups
+    col_group = tl.program_id(0) % col_groups
     sweep = sweep_length(tl.cdiv(n, ROWS), row_group, row_groups)
     tiles = sweep * sweep_length(tl.cdiv(m, COLS), col_group, col_groups)
     r = tl.arange(0, ROWS)
     c = tl.arange(0, COLS // 4)
-    # Counts of two columns in one register, 16 bits each: a sweep is shorter than 2^15 tiles.
-    left = tl.zeros((8 * WARPS, COLS // 4), tl.int32)
-    right = tl.zeros((8 * WARPS, COLS // 4), tl.int32)
+    zeros = tl.zeros((8 * WARPS, COLS // 4), tl.int32)
+    first = zeros
+    second = zeros
+    third = zeros
+    fourth = zeros
     for tile in tl.range(0, tiles, flatten=FLATTEN):
-        row = (row_group + tile % sweep * row_groups) * ROWS
-        col = (col_group + tile // sweep * col_groups) * COLS
+        row = (row_group + tile % sweep * row_groups).to(tl.int64) * ROWS
+        col = (col_group + tile // sweep * col_groups).to(tl.int64) * COLS
         scores = tile_product(
             a, b, row, col, n, m, units, a_row, a_unit, b_row, b_unit,
             ROWS, COLS, DEPTH, TMA, PRECISION, UPCAST,
         )  # fmt: skip
-        row_live = r < n - row
+        row_live = r < tl.minimum(n - row, ROWS).to(tl.int32)
         row_bar = tl.load(row_bars + row + r, mask=row_live, other=0.0)
         row_below = tl.zeros((ROWS,), tl.int32)
         parts = quarters(scores)
         for part in tl.static_range(4):
-            at = col + part * (COLS // 4) + c
+            first_col = col + part * (COLS // 4)
+            col_live = c < tl.minimum(m - first_col, COLS).to(tl.int32)
             score = parts[part]
-            if row + ROWS > n:
-                score = tl.where(row_live[:, None], score, float("nan"))
-            col_bar = tl.load(col_bars + at, mask=at < m, other=0.0)
-            # Asking what lies below, a NaN score or bar counts against the model; so does a score of -inf.
-            real = score > tl.where(at < m, float("-inf"), float("inf"))[None, :]
-            row_below += tl.sum(((score < row_bar[:, None]) & real).to(tl.int32), 1)
-            below = sum_own_rows(((score < col_bar[None, :]) & real).to(tl.int32), WARPS)
-            if part < 2:
-                left += below << (16 * part)
+            if not TMA:
+                score = tl.where(row_live[:, None], score, float("inf"))
+            # A score that is NaN or -inf counts against the model, as if it were inf.
+            score = tl.where(score > tl.where(col_live, float("-inf"), float("inf"))[None, :], score, float("inf"))
+            col_bar = tl.load(col_bars + first_col + c, mask=col_live, other=0.0)
+            col_below = sum_own_rows(_below(score, col_bar[None, :]), WARPS)
+            if part == 0:
+                first += col_below
+            elif part == 1:
+                second += col_below
+            elif part == 2:
+                third += col_below
             else:
-                right += below << (16 * (part - 2))
+                fourth += col_below
+            row_below += tl.sum(_below(score, row_bar[:, None]), 1)
         tl.atomic_add(row_counts + row + r, row_below, mask=row_live, sem="relaxed")
         last = tile % sweep == sweep - 1
         if last:
             for part in tl.static_range(4):
-                at = col + part * (COLS // 4) + c
-                packed = left if part < 2 else right
-                counts = tl.sum((packed >> (16 * (part % 2))) & 0xFFFF, 0)
-                tl.atomic_add(col_counts + at, counts, mask=at < m, sem="relaxed")
+                total = first if part == 0 else second if part == 1 else third if part == 2 else fourth
+                first_col = col + part * (COLS // 4)
+                col_live = c < tl.minimum(m - first_col, COLS).to(tl.int32)
+                counts = tl.sum(total, 0)
+                if TMA:  # rows past the last scored 0
+                    beyond = tl.maximum(row + ROWS - n, 0).to(tl.int32)
+                    col_bar = tl.load(col_bars + first_col + c, mask=col_live, other=0.0)
+                    counts -= tl.where(col_bar > 0.0, beyond, 0)
+                tl.atomic_add(col_counts + first_col + c, counts, mask=col_live, sem="relaxed")
         going_on = 1 - last.to(tl.int32)  # a product: selecting zeros here crashes Triton 3.6
-        left *= going_on
-        right *= going_on
+        first *= going_on
+        second *= going_on
+        third *= going_on
+        fourth *= going_on
 
 
 @op("retrieval_ranks")
@@ -103,7 +125,7 @@ def retrieval_ranks(image_units: Tensor, folded_text_units: Tensor, owners: Tens
         return owners.new_full((n,), m, dtype=torch.int64), owners.new_zeros(m, dtype=torch.int64)
     with on_device_of(image_units):
         owners = owners.long().contiguous()
-        plan = make_plan(image_units, folded_text_units)
+        plan = make_plan(image_units, folded_text_units, sweep=True)
         best, positives = owned_scores(plan, image_units, folded_text_units, owners)
         below = owners.new_zeros(n + m, dtype=torch.int32)
         row_groups, col_groups = sweeps(plan)
@@ -144,4 +166,5 @@ def compile_cases() -> list[CompileCase]:
         [("", {})],
         lambda itemsize: (2.0 * n * m * units, itemsize * (n + m) * units + 8.0 * (n + m)),
         divisible=("row_bars", "col_bars"),
+        sweep=True,
     )

@@ -34,11 +34,11 @@ def _similarity_kernel(
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    row_blocks = tl.cdiv(n, ROWS).to(tl.int64)
-    col_blocks = tl.cdiv(m, COLS).to(tl.int64)
+    row_blocks = tl.cdiv(n, ROWS)
+    col_blocks = tl.cdiv(m, COLS)
     # Rows of `out` are padded, and the padding is written too: stores then need no narrow tail.
     stride = tl.multiple_of(out_row.to(tl.int64), 16)
-    first = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(0)
     for tile in tl.range(first, row_blocks * col_blocks, tl.num_programs(0), flatten=FLATTEN):
         row, col = tile_origin(tile, row_blocks, col_blocks, ROWS, COLS, GROUP)
         scores = tile_product(

@@ -38,8 +38,13 @@ class TileConfig:
 # fills an SM, and leaves no registers for addresses. "sm_80" serves every NVIDIA GPU without wgmma or tcgen05 and
 # must fit the 99 KB of the small ones.
 TMA_CONFIGS = {
-    "sm_90": {2: TileConfig(128, 256, 64, 8, 3), 4: TileConfig(128, 128, 32, 8, 4)},
+    "sm_90": {2: TileConfig(128, 256, 64, 8, 4), 4: TileConfig(128, 128, 32, 8, 4)},
     "sm_100": {2: TileConfig(128, 256, 64, 8, 3), 4: TileConfig(128, 128, 32, 8, 3)},
+}
+# The same for kernels with more to do than to store a tile: half as many columns are half as many values to keep.
+SWEEP_CONFIGS = {
+    "sm_90": {2: TileConfig(256, 128, 64, 8, 4), 4: TileConfig(256, 128, 32, 8, 3)},
+    "sm_100": {2: TileConfig(256, 128, 64, 8, 3), 4: TileConfig(128, 128, 32, 8, 3)},
 }
 POINTER_CONFIGS = {
     "sm_80": {2: TileConfig(128, 128, 32, 8, 4), 4: TileConfig(128, 128, 32, 8, 3)},
@@ -93,11 +98,14 @@ def tile_product(
 
 @triton.jit
 def tile_origin(tile, row_blocks, col_blocks, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr):
-    """First row and column of tile number ``tile``: down ``GROUP`` row blocks, then on to the next column block."""
+    """First row and column of tile number ``tile``: down ``GROUP`` row blocks, then on to the next column block.
+
+    Blocks are counted in 32 bits (a division in 64 takes a hundred instructions), rows and columns in 64.
+    """
     group = tile // (GROUP * col_blocks)
     height = tl.minimum(row_blocks - group * GROUP, GROUP)
     within = tile - group * GROUP * col_blocks
-    return (group * GROUP + within % height) * ROWS, within // height * COLS
+    return (group * GROUP + within % height).to(tl.int64) * ROWS, (within // height).to(tl.int64) * COLS
 
 
 @triton.jit
@@ -188,9 +196,10 @@ def sweeps(plan: Plan) -> tuple[int, int]:
     return cost(col_groups)[1], col_groups
 
 
-def make_plan(a: Tensor, b: Tensor, *, tma: bool | None = None) -> Plan:
+def make_plan(a: Tensor, b: Tensor, *, sweep: bool = False, tma: bool | None = None) -> Plan:
     """Plan of ``a (n, units) @ b (m, units)^T`` for non-empty operands of one dtype on one device.
 
+    ``sweep``: for a kernel that does more than store its tiles.
     ``tma`` overrides the choice between TMA descriptors and pointers.
     Raises ValueError for other shapes or dtypes.
     """
@@ -200,7 +209,7 @@ def make_plan(a: Tensor, b: Tensor, *, tma: bool | None = None) -> Plan:
     if tma is None:
         large = a.shape[0] * b.shape[0] >= TMA_FROM
         tma = large and target in TMA_CONFIGS and precision != "fp32" and tma_ready(a) and tma_ready(b)
-    config = tile_config(target, precision, tma)
+    config = tile_config(target, precision, tma, sweep)
     return Plan(
         config=config,
         operands=(
@@ -225,13 +234,14 @@ def check_operands(a: Tensor, b: Tensor) -> None:
         raise ValueError(f"expected both on one device, got {a.device} and {b.device}")
 
 
-def tile_config(target: str, precision: str, tma: bool) -> TileConfig:
-    """The configuration for a target, :func:`dot_precision` and way of loading."""
+def tile_config(target: str, precision: str, tma: bool, sweep: bool = False) -> TileConfig:
+    """The configuration for a target, :func:`dot_precision`, way of loading and kind of kernel."""
     if target == "interpreted":
         return INTERPRETED
     if precision == "fp32":
         return FP32
-    return (TMA_CONFIGS if tma else POINTER_CONFIGS)[target][4 if precision == "tf32" else 2]
+    configs = (SWEEP_CONFIGS if sweep else TMA_CONFIGS) if tma else POINTER_CONFIGS
+    return configs[target][4 if precision == "tf32" else 2]
 
 
 def tile_constants(config: TileConfig, precision: str, *, tma: bool, upcast: bool = False) -> dict[str, Any]:
@@ -310,6 +320,7 @@ def tile_cases(
     constants: Sequence[tuple[str, dict[str, Any]]],
     work: Callable[[int], tuple[float, float]],
     divisible: tuple[str, ...] = (),
+    sweep: bool = False,
 ) -> list[CompileCase]:
     """Cases of an all-pairs kernel, one for every configuration in use.
 
@@ -323,7 +334,7 @@ def tile_cases(
     for target in TARGETS:
         for precision, dtype in (("bf16", "bf16"), ("tf32", "fp32"), ("fp32", "fp32")):
             for tma in [True, False] if target in TMA_CONFIGS and precision != "fp32" else [False]:
-                config = tile_config(target, precision, tma)
+                config = tile_config(target, precision, tma, sweep)
                 operands = {"a": f"*{dtype}", "b": f"*{dtype}"}
                 if tma:
                     operands = {

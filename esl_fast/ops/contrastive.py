@@ -55,7 +55,10 @@ def contrastive_loss(
     if n != m and (image_ids is None or same_owner != "positive"):
         raise ValueError(f"{n} images and {m} texts have no diagonal; give image_ids and text_ids as positives")
     compute = torch.promote_types(torch.promote_types(image_units.dtype, folded_text_units.dtype), torch.float32)
-    scale = torch.as_tensor(logit_scale, dtype=compute, device=image_units.device)
+    if isinstance(logit_scale, Tensor):
+        scale = logit_scale.to(image_units.device, compute)
+    else:  # written on the device: a copy would be waited for
+        scale = torch.full((), logit_scale, dtype=compute, device=image_units.device)
     checks.same_device(image_units=image_units, folded_text_units=folded_text_units)
     if use_kernels(image_units, folded_text_units):
         from esl_fast.kernels import contrastive as kernel  # Triton is imported only where it is used
