@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything worth running where there is a GPU, in under 8 minutes. Results go to $OUT, else to benchmarks/results.
-# Each stage has its share of the time; the benchmarks keep what they have when theirs is over.
+# Each stage has its share of the time; the benchmarks keep what they have when theirs is over. BENCHMARKS_SECONDS and
+# COMPILED_SECONDS change theirs; SANITIZE=0 leaves the sanitizer out.
 set -uo pipefail
 OUT=$(realpath -m "${OUT:-$(dirname "$0")/results}")
 cd "$(dirname "$0")/.." || exit
@@ -10,31 +11,52 @@ mkdir -p "$OUT"
 verdicts=()
 failed=0
 
-stage() { # NAME SECONDS COMMAND...
+run() { # NAME SECONDS COMMAND...
     local name=$1 limit=$2 start=$SECONDS code
     shift 2
-    echo "=== $name"
-    timeout --kill-after=5 "$limit" "$@" 2>&1 | tee "$OUT/$name.log"
-    code=${PIPESTATUS[0]}
+    timeout --kill-after=5 "$limit" "$@" >"$OUT/$name.log" 2>&1
+    code=$?
     case $code in
-        0) verdicts+=("$name: passed in $((SECONDS - start)) s") ;;
-        124 | 137) verdicts+=("$name: stopped after $limit s") ;;
-        *) verdicts+=("$name: FAILED (exit code $code)") ;;
-    esac
-    [ "$code" = 0 ] || failed=1
+        0) echo "$name: passed in $((SECONDS - start)) s" ;;
+        124 | 137) echo "$name: stopped after $limit s" ;;
+        *) echo "$name: FAILED (exit code $code)" ;;
+    esac >"$OUT/$name.verdict"
+    return $code
 }
 
-stage tests 140 "$PYTHON" -m pytest tests/kernels -q -o addopts= -m ""
-if command -v compute-sanitizer >/dev/null; then
-    # Without torch's cache of memory, each tensor is an allocation whose borders the sanitizer knows.
-    stage sanitizer 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 \
-        "$PYTHON" -m benchmarks --device cuda --tiny --quick --cases bfloat16 --output "$OUT/tiny.json"
+finish() { # NAME CODE
+    tail -n 25 "$OUT/$1.log"
+    verdicts+=("$(cat "$OUT/$1.verdict")")
+    rm "$OUT/$1.verdict"
+    [ "$2" = 0 ] || failed=1
+}
+
+# Nothing is timed yet, so the sanitizer runs beside the tests. Without torch's cache of memory, each tensor is an
+# allocation whose borders the sanitizer knows.
+if [ "${SANITIZE:-1}" = 1 ] && command -v compute-sanitizer >/dev/null; then
+    run sanitizer 120 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 \
+        "$PYTHON" -m benchmarks --device cuda --tiny --quick --cases bfloat16 --output "$OUT/tiny.json" &
+    sanitizer=$!
 else
-    verdicts+=("sanitizer: not run, compute-sanitizer is not installed")
+    verdicts+=("sanitizer: not run")
 fi
-stage benchmarks 190 "$PYTHON" -m benchmarks --device cuda --output "$OUT/cuda.json"
-stage compiled 60 "$PYTHON" -m benchmarks --device cuda --quick --compile --output "$OUT/compiled.json"
-rm -f "$OUT/tiny.json"
+workers=$("$PYTHON" -c "import xdist" 2>/dev/null && echo "-n 8 --dist worksteal")
+echo "=== tests"
+# shellcheck disable=SC2086
+run tests 150 "$PYTHON" -m pytest tests/kernels tests/test_cuda.py -q -o addopts= -m "" $workers
+finish tests $?
+if [ -n "${sanitizer:-}" ]; then
+    echo "=== sanitizer"
+    wait "$sanitizer"
+    finish sanitizer $?
+    rm -f "$OUT/tiny.json"
+fi
+echo "=== benchmarks"
+run benchmarks "${BENCHMARKS_SECONDS:-200}" "$PYTHON" -m benchmarks --device cuda --output "$OUT/cuda.json"
+finish benchmarks $?
+echo "=== compiled"
+run compiled "${COMPILED_SECONDS:-60}" "$PYTHON" -m benchmarks --device cuda --compile --cases 'similarity/heuristic/5000*bfloat16' --output "$OUT/compiled.json"
+finish compiled $?
 
 echo "=== summary"
 {

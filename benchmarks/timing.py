@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 MIN_RUNS, MAX_RUNS = 5, 200
+LONG, LONG_RUNS = 0.5, 3  # runs of so many seconds need neither a lead nor many repetitions
 MAX_LEAD = 0.05  # seconds
 CYCLES = 2e9  # a second on a GPU, or more: a lead may be too long, not too short
 
@@ -50,7 +51,7 @@ def stopwatch(device: torch.device) -> Callable[[Run], Sample]:
     """A function that runs its argument, on a GPU twice and from a cold L2 cache, and returns the seconds it took.
 
     On a GPU ``seconds`` are the device's: the host gets a lead, so that launching leaves no gaps. ``wall`` is the time
-    from call to result, without a lead.
+    from call to result, without a lead; of long runs it is both.
     """
     if device.type == "cpu":
 
@@ -73,6 +74,8 @@ def stopwatch(device: torch.device) -> Callable[[Run], Sample]:
         issued = time.perf_counter() - begin
         torch.cuda.synchronize(device)
         wall = time.perf_counter() - begin
+        if wall > LONG:
+            return Sample(wall, wall)
 
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         flushed.zero_()
@@ -96,7 +99,9 @@ def interleaved(competitors: Mapping[str, Run], once: Callable[[Run], Sample], s
     for name, run in competitors.items():
         try:
             once(run)
-            counts[name] = max(MIN_RUNS, min(MAX_RUNS, int(seconds / once(run).seconds)))
+            taken = once(run).seconds
+            fewest = LONG_RUNS if taken > LONG else MIN_RUNS
+            counts[name] = max(fewest, min(MAX_RUNS, int(seconds / taken)))
         except Exception as error:  # out of memory, not compilable: a result like any other
             outcomes[name] = {"failed": failure(error)}
     samples: dict[str, list[Sample]] = {name: [] for name in counts}

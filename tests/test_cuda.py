@@ -48,7 +48,8 @@ def test_errors_do_not_exceed_those_of_plain_pytorch(aggregator, dtype):
         floor = 1e-5 * max(true.norm(), 1e-2 * largest)
         # A few numbers may be lucky: those of plain PyTorch as well.
         slack = 1.5 if true.numel() > 100 else 4
-        assert (found.double() - true).norm() <= slack * (plain.double() - true).norm() + floor
+        naive_error = (plain.double() - true).norm().nan_to_num(torch.inf)  # float16 overflows
+        assert (found.double() - true).norm() <= slack * naive_error + floor
 
 
 def test_graphed_training_step_is_eager():

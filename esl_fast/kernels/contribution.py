@@ -356,7 +356,7 @@ def _tiles(dtype: torch.dtype, hip: bool) -> tuple[dict, dict, int, int]:
         tiles = {"BLOCK_N": 64, "BLOCK_C": 64, "BLOCK_K": 16}
         return tiles, {"BLOCK_N": 32, "BLOCK_C": 64, "BLOCK_K": 64}, 8, 2 if hip else 3
     tiles = {"BLOCK_N": 128, "BLOCK_C": 128, "BLOCK_K": 64}
-    return tiles, {"BLOCK_N": 64, "BLOCK_C": 128, "BLOCK_K": 64}, 8, 2 if hip else 3
+    return tiles, {"BLOCK_N": 64, "BLOCK_C": 128, "BLOCK_K": 64}, 4, 2 if hip else 3
 
 
 @cache

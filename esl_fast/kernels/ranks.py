@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from esl_fast.kernels._common import on_device_of
+from esl_fast.kernels._common import cdiv, on_device_of
 from esl_fast.kernels._op import op
 from esl_fast.kernels.inspect import CompileCase
 from esl_fast.kernels.paired import owned_scores
@@ -29,6 +29,8 @@ from esl_fast.kernels.tile import (
     tile_cases,
     tile_product,
 )
+
+FINISH_BLOCK = 1024
 
 
 @triton.jit
@@ -107,6 +109,19 @@ def _count_kernel(
         fourth *= going_on
 
 
+@triton.jit(do_not_specialize=["n", "m"])
+def _finish_kernel(best, below, image_ranks, text_ranks, n, m, BLOCK: tl.constexpr):
+    """Ranks from what lies below; what does not reaches the bar: the others and the positive itself."""
+    item = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = item < n.to(tl.int64) + m
+    is_image = item < n
+    others = tl.where(is_image, m, n) - 1
+    rank = others - tl.load(below + item, mask=live, other=0)
+    no_text = tl.load(best + item, mask=live & is_image, other=0.0) == float("-inf")
+    tl.store(image_ranks + item, tl.where(no_text, m, rank).to(tl.int64), mask=is_image)
+    tl.store(text_ranks + item - n, rank.to(tl.int64), mask=live & (is_image == 0))
+
+
 @op("retrieval_ranks")
 def retrieval_ranks(image_units: Tensor, folded_text_units: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
     """Ranks (from 0) of image-to-text ``(N,)`` and text-to-image ``(M,)``, int64, as ``reference.ranks`` defines them.
@@ -143,8 +158,11 @@ def retrieval_ranks(image_units: Tensor, folded_text_units: Tensor, owners: Tens
             **plan.constants,
             **launch_options(plan.config),
         )
-        # What does not lie below reaches the bar: the others and the positive itself.
-        return torch.where(best == -torch.inf, m, m - 1 - below[:n].long()), n - 1 - below[n:].long()
+        image_ranks, text_ranks = (torch.empty(k, dtype=torch.int64, device=owners.device) for k in (n, m))
+        _finish_kernel[(cdiv(n + m, FINISH_BLOCK),)](
+            best, below, image_ranks, text_ranks, n, m, BLOCK=FINISH_BLOCK, num_warps=4
+        )
+        return image_ranks, text_ranks
 
 
 @retrieval_ranks.register_fake
@@ -155,7 +173,18 @@ def _(image_units, folded_text_units, owners):
 
 def compile_cases() -> list[CompileCase]:
     n, m, units = 5_000, 25_000, 1_022  # COCO 5K
-    return tile_cases(
+    finish = CompileCase(
+        "finish_5k",
+        _finish_kernel,
+        {"best": "*fp32", "below": "*i32", "image_ranks": "*i64", "text_ranks": "*i64", "n": "i32", "m": "i32"},
+        {"BLOCK": FINISH_BLOCK},
+        num_warps=4,
+        num_stages=3,
+        divisible=("best", "below", "image_ranks", "text_ranks"),
+        bytes=12.0 * (n + m),
+        precision="fp32",
+    )
+    count = tile_cases(
         "count_5k",
         _count_kernel,
         {
@@ -168,3 +197,4 @@ def compile_cases() -> list[CompileCase]:
         divisible=("row_bars", "col_bars"),
         sweep=True,
     )
+    return [*count, finish]

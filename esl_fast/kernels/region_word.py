@@ -1,6 +1,6 @@
 """Region-word similarity: products of words and regions in blocks of fixed size, each reduced by one kernel.
 
-A block of products (some captions x some images) is formed by cuBLAS in a buffer of 128 MB, and a kernel reduces it to
+A block of products (some captions x some images) is formed by cuBLAS in a buffer of 256 MB, and a kernel reduces it to
 scores at once; only scores are kept. Both sides are packed without padding: words of captions sorted by length one
 after another, regions region-major, `(R, images)`. A program of the kernel takes one caption and 8 to 32 images: images
 are lanes, words lie in registers, and it walks the regions, twice forward and three times backward. So
@@ -47,8 +47,8 @@ LIMIT = tl.constexpr(92.0)  # of sharpness: 2^92 times a caption's or an image's
 MAX_WORDS = 128
 FEWEST_LANES, MOST_LANES = 8, 32
 SMALLEST = 8
-BLOCK_BYTES = 128 << 20  # products that are reduced before the next ones are formed
-BLOCK_IMAGES = 224
+BLOCK_BYTES = 256 << 20  # products that are reduced before the next ones are formed
+BLOCK_IMAGES = 448
 GRADIENT_BYTES = 256 << 20  # gradients of products held at a time
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RUNTIME = ["images", "regions", "first_image", "first_caption", "image_blocks", "block_row"]

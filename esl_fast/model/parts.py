@@ -48,11 +48,17 @@ class HeuristicAggregator(nn.Module):
         self.chain, self.normalize = CHAIN[side], normalize
         self.weight = nn.Parameter(torch.empty(len(dims) - 1, CHANNELS, kernel_size))
         nn.init.uniform_(self.weight, -1 / math.sqrt(kernel_size), 1 / math.sqrt(kernel_size))  # as nn.Conv1d does
+        self._cache = ops.SelectionCache()
+
+    def taps(self) -> Tensor:
+        """The filters ``(L, s)``: the sums over each one's channels."""
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.weight.sum(1)
+        return self._cache.get((self.weight,), lambda weights: weights[0].sum(1), "taps")
 
     def forward(self, x: Tensor, levels: int | None = None) -> Tensor:
         """Units of ``x (..., d)``, of levels 0 to ``levels`` (default: all)."""
-        weight = self.weight if levels is None else self.weight[:levels]
-        taps = weight.sum(1)
+        taps = self.taps() if levels is None else self.taps()[:levels]
         return ops.aggregate(x, taps, chain=self.chain, normalize=self.normalize)
 
 
@@ -68,7 +74,7 @@ class AdaptiveAggregator(nn.Module):
     def forward(self, x: Tensor, levels: int | None = None) -> Tensor:
         """Units of ``x (..., d)``, of levels 0 to ``levels`` (default: all)."""
         # While training every step changes the weights; a cache would only hold on to memory.
-        cache = None if self.training else self._cache
+        cache = None if self.training or torch.compiler.is_compiling() else self._cache
         weights = tensors_of(self.weights)[:levels]
         return ops.aggregate(x, weights, chain=self.chain, normalize=self.normalize, cache=cache)
 
