@@ -34,7 +34,7 @@ finish() { # NAME CODE
 # Nothing is timed yet, so the sanitizer runs beside the tests. Without torch's cache of memory, each tensor is an
 # allocation whose borders the sanitizer knows.
 if [ "${SANITIZE:-1}" = 1 ] && command -v compute-sanitizer >/dev/null; then
-    run sanitizer 120 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 \
+    run sanitizer 85 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 \
         "$PYTHON" -m benchmarks --device cuda --tiny --quick --cases bfloat16 --output "$OUT/tiny.json" &
     sanitizer=$!
 else
