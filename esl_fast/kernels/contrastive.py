@@ -1,20 +1,25 @@
 """Symmetric InfoNCE of all-pairs similarity without the N x M matrix, forward and backward.
 
 Forward: one pass over the tiles. A program owns every `row_groups`-th row block times every `col_groups`-th column
-block; it keeps the running (max, sum of exponentials, sum of positives) of its rows in registers while it walks the
-columns, and those of its columns in memory that only it touches. What the programs found is merged in a fixed order.
+block and walks down columns. Rows and columns share one exponential a pair, 2^(logit - center): a column's sum stays in
+registers, each thread's own rows apart, until the walk is over; a row's is added to memory that only this program
+touches. The center is the smallest logit of a positive on the diagonal. Whether that was a good one shows in the sums:
+unless all lie between 2^-80 and 2^120 (logits of a row or column would have to spread over some 80 nats), a second
+kernel does it again with running maxima; nothing waits for the host to find out, the second one returns at once if it
+is not needed.
 
-Backward: the gradient G of the logits is recomputed `CHUNK` rows at a time into scratch of the units' dtype, and two
-plain products (cuBLAS) turn it into gradients of the units: with the forward, four products in all. Keeping G on chip
-instead would need either a fifth product (one recomputation for each side) or sums across programs in no fixed
-order. G is stored times `GAIN / max(row weight, column weight)`, at most 2 * GAIN, so that float16 holds it.
+Backward: the gradient G of the logits is recomputed `CHUNK` rows at a time into scratch of the units' dtype, with the
+same single exponential, and two plain products (cuBLAS) turn it into gradients of the units: with the forward, four
+products in all. Keeping G on chip instead would need either a fifth product (one recomputation for each side) or sums
+across programs in no fixed order. G is stored times `GAIN / max(row weight, column weight)`, at most 2 * GAIN, so that
+float16 holds it. On the diagonal, where a probability near 1 is subtracted from its target, it is computed apart.
 
 Memory beside units and gradients: scratch CHUNK * M elements, M * U float32 for the text gradient summed over chunks,
 and 12 bytes for each row and column and program that touches it: linear in N + M.
 
 Paper, N = M = 32,768, U = 1,022, bf16: forward 2.2 TFLOP, 2.8 ms at 790 TFLOP/s; backward 6.6 TFLOP, 8.3 ms; the
 scratch costs 3 x 2.1 GB, 1.3 ms at 4.8 TB/s, in the shadow of the products. On top of its product a tile of
-128 x 256 takes 64 Ki exponentials, some 4,096 cycles at 16 a cycle, against 16,384 of wgmma.
+256 x 128 takes 32 Ki exponentials, 2,048 cycles at 16 a cycle, against 16,384 of wgmma.
 """
 
 from typing import Any, NamedTuple
