@@ -132,19 +132,19 @@ def _sums_kernel(
         for part in tl.static_range(4):
             col = first_col + part * (COLS // 4)
             score = parts[part]
+            if MODE == 1:  # noqa: SIM102 (a constexpr with others would not keep the body from being compiled)
+                if special:
+                    same = _same(image_ids, text_ids, row, col, n, m, ROWS, COLS // 4, MODE)
+                    chosen = tl.where(same, score * scale, 0.0)
+                    by_row = row_positives + col_group.to(tl.int64) * n + row + r
+                    tl.atomic_add(by_row, tl.sum(chosen, 1), mask=row_live, sem="relaxed")
+                    by_col = col_positives + row_group.to(tl.int64) * m + col + c
+                    tl.atomic_add(by_col, tl.sum(chosen, 0), mask=c < m - col, sem="relaxed")
             powers = tl.exp2(score * scale - shift)
             if special:
                 counted = row_live[:, None] & (c < m - col)[None, :]
-                if MODE != 0:
-                    same = _same(image_ids, text_ids, row, col, n, m, ROWS, COLS // 4, MODE)
-                    if MODE == 1:
-                        chosen = tl.where(same, score * scale, 0.0)
-                        by_row = row_positives + col_group.to(tl.int64) * n + row + r
-                        tl.atomic_add(by_row, tl.sum(chosen, 1), mask=row_live, sem="relaxed")
-                        by_col = col_positives + row_group.to(tl.int64) * m + col + c
-                        tl.atomic_add(by_col, tl.sum(chosen, 0), mask=c < m - col, sem="relaxed")
-                    else:
-                        counted &= same == 0
+                if MODE == 2:
+                    counted &= _same(image_ids, text_ids, row, col, n, m, ROWS, COLS // 4, MODE) == 0
                 powers = tl.where(counted, powers, 0.0)
             row_sum += tl.sum(powers, 1)
             col_sum = sum_own_rows(powers, WARPS)

@@ -18,6 +18,7 @@ from esl_fast.kernels.tile import (
     GROUP,
     Plan,
     check_operands,
+    dot_precision,
     launch_options,
     make_plan,
     output,
@@ -73,6 +74,15 @@ def write_similarity(plan: Plan, out: Tensor) -> None:
     )
 
 
+def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``a @ b^T`` into ``out (n, m)``, which comes from :func:`padded_rows`; all on the current device, none empty."""
+    if a.is_cuda and out.dtype == torch.float32 and dot_precision(a.dtype) == "fp32":
+        # Without tensor cores: cuBLAS took 5.2 ms where the kernel took 29 (5,000 x 25,000, H200).
+        torch.mm(a, b.mT, out=out)
+    else:
+        write_similarity(make_plan(a, b), out)
+
+
 @op("similarity")
 def similarity(image_units: Tensor, folded_text_units: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     """``image_units (N, U) @ folded_text_units (M, U)^T -> (N, M)``, accumulated in float32.
@@ -86,7 +96,7 @@ def similarity(image_units: Tensor, folded_text_units: Tensor, out_dtype: torch.
     out = padded_rows(n, m, out_dtype or image_units.dtype, image_units.device)
     if out.numel():
         with on_device_of(image_units):
-            write_similarity(make_plan(image_units, folded_text_units), out)
+            multiply(image_units, folded_text_units, out)
     return out
 
 

@@ -44,7 +44,7 @@ TMA_CONFIGS = {
 # The same for kernels with more to do than to store a tile: half as many columns are half as many values to keep.
 SWEEP_CONFIGS = {
     "sm_90": {2: TileConfig(256, 128, 64, 8, 4), 4: TileConfig(256, 128, 32, 8, 3)},
-    "sm_100": {2: TileConfig(256, 128, 64, 8, 3), 4: TileConfig(128, 128, 32, 8, 3)},
+    "sm_100": {2: TileConfig(128, 128, 64, 8, 3), 4: TileConfig(128, 128, 32, 8, 3)},
 }
 POINTER_CONFIGS = {
     "sm_80": {2: TileConfig(128, 128, 32, 8, 4), 4: TileConfig(128, 128, 32, 8, 3)},
@@ -53,6 +53,7 @@ POINTER_CONFIGS = {
     "gfx942": {2: TileConfig(128, 128, 32, 8, 2), 4: TileConfig(128, 128, 32, 8, 2)},
 }
 FP32 = TileConfig(64, 64, 16, 4, 2)
+FP32_SWEEP = TileConfig(64, 64, 16, 8, 2)
 INTERPRETED = TileConfig(32, 64, 32, 4, 1)
 
 
@@ -239,7 +240,7 @@ def tile_config(target: str, precision: str, tma: bool, sweep: bool = False) -> 
     if target == "interpreted":
         return INTERPRETED
     if precision == "fp32":
-        return FP32
+        return FP32_SWEEP if sweep else FP32
     configs = (SWEEP_CONFIGS if sweep else TMA_CONFIGS) if tma else POINTER_CONFIGS
     return configs[target][4 if precision == "tf32" else 2]
 

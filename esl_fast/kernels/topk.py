@@ -21,8 +21,8 @@ from torch import Tensor
 from esl_fast.kernels._common import INTERPRETING, next_power_of_2, on_device_of, padded_rows
 from esl_fast.kernels._op import op
 from esl_fast.kernels.inspect import CompileCase
-from esl_fast.kernels.similarity import write_similarity
-from esl_fast.kernels.tile import check_operands, make_plan
+from esl_fast.kernels.similarity import multiply
+from esl_fast.kernels.tile import check_operands
 
 QUERY_BLOCK = 64 if INTERPRETING else 4096
 GALLERY_BLOCK = 128 if INTERPRETING else 8192
@@ -72,12 +72,12 @@ def topk_update(keys: Tensor, query_units: Tensor, gallery_units: Tensor, offset
         for q in range(0, queries, QUERY_BLOCK):
             block = query_units[q : q + QUERY_BLOCK]
             for g in range(0, gallery, GALLERY_BLOCK):
-                plan = make_plan(block, gallery_units[g : g + GALLERY_BLOCK])
-                write_similarity(plan, scratch)
+                items = gallery_units[g : g + GALLERY_BLOCK]
+                multiply(block, items, scratch[: block.shape[0], : items.shape[0]])
                 _select_kernel[(block.shape[0],)](
                     scratch,
                     keys[q : q + QUERY_BLOCK],
-                    plan.m,
+                    items.shape[0],
                     k,
                     scratch.stride(0),
                     offset + g,
