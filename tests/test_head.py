@@ -16,8 +16,8 @@ from helpers import (
     relative_error,
 )
 
-from esl_fast import ESLHead
-from esl_fast.model import SIMILARITIES, CosineHead, make_head, official
+from esl_fast import ESLHead, blocked, reference
+from esl_fast.model import SIMILARITIES, CosineHead, Head, make_head, official
 
 GOLDEN = [pytest.param(path, id=path.stem) for path in golden_files("clip_*.safetensors")]
 GOLDEN_TRAIN = [pytest.param(path, id=path.stem) for path in golden_files("clip_*_train.safetensors")]
@@ -183,6 +183,75 @@ def test_folding_either_side_is_the_same(aggregator, grad):
     with torch.set_grad_enabled(grad):
         images, texts = head.image_units(torch.randn(4, 64)), head.text_units(torch.randn(6, 64))
         torch.testing.assert_close(head.fold(images, "image") @ texts.T, images @ head.fold(texts, "text").T)
+
+
+class OwnHead(Head):
+    """What someone else may derive: units and folding, nothing more."""
+
+    embed_dim = 64
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = torch.nn.Parameter(torch.randn(64, 64))
+
+    def image_units(self, x):
+        return x.sin()
+
+    def text_units(self, y):
+        return y.cos()
+
+    def fold(self, units, side):
+        return units @ (self.matrix if side == "image" else self.matrix.mT)
+
+
+HEADS = {
+    "heuristic": lambda: random_head("heuristic"),
+    "adaptive": lambda: random_head("adaptive"),
+    "narrowed": lambda: random_head("adaptive").narrowed(0.05),
+    "cosine": lambda: CosineHead(64),
+    "own": OwnHead,
+}
+# With more than one block, and a last one that is not full.
+STREAMED = [(5, 83), (83, 5), (50, 50), (0, 40), (40, 0), (16, 17)]
+
+
+@pytest.mark.parametrize("make", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("count", STREAMED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_streaming_changes_nothing(monkeypatch, make, count, dtype):
+    monkeypatch.setattr(blocked.similarity, "BLOCK", 16)
+    head = make().to(dtype)
+    images, texts = torch.randn(count[0], 64).to(dtype), torch.randn(count[1], 64).to(dtype)
+    whole = head.scores(images, texts).matrix().detach()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            streamed = head(images, texts)
+            assert streamed.dtype == dtype
+            assert streamed.is_contiguous()
+            torch.testing.assert_close(streamed, whole, atol=1e-5, rtol=2 ** -6 if dtype == torch.bfloat16 else 1e-5)
+
+
+@either
+def test_streaming_names_rows_of_the_whole(monkeypatch, aggregator):
+    monkeypatch.setattr(blocked.similarity, "BLOCK", 16)
+    head, few, many = random_head(aggregator), torch.randn(5, 64), torch.randn(83, 64)
+    many[[3, 70], [0, 63]] = torch.inf
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"text_features .* 2 of 83 rows: 3, 70$"):
+            head(few, many)
+        with pytest.raises(ValueError, match=r"image_features .* 2 of 83 rows: 3, 70$"):
+            head(many, few)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_streaming_selects_once(monkeypatch, training):
+    monkeypatch.setattr(blocked.similarity, "BLOCK", 16)
+    head = random_head("adaptive").train(training)
+    calls, select = [], reference.aggregate.select_top2
+    monkeypatch.setattr(reference.aggregate, "select_top2", lambda w: calls.append(1) or select(w))
+    with torch.no_grad():
+        head(torch.randn(3, 64), torch.randn(83, 64))
+    assert len(calls) == 2 * head.num_levels
 
 
 @either

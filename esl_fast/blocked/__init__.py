@@ -1,7 +1,18 @@
 """PyTorch made fast and memory-bounded: what runs on a CPU."""
 
-from esl_fast.blocked import aggregate, contrastive, contribution, hinge, ranks, region_word, region_word_pairs, topk
+from esl_fast.blocked import (
+    aggregate,
+    contrastive,
+    contribution,
+    hinge,
+    ranks,
+    region_word,
+    region_word_pairs,
+    similarity,
+    topk,
+)
 
 __all__ = [
-    "aggregate", "contrastive", "contribution", "hinge", "ranks", "region_word", "region_word_pairs", "topk",
+    "aggregate", "contrastive", "contribution", "hinge", "ranks", "region_word", "region_word_pairs", "similarity",
+    "topk",
 ]  # fmt: skip

@@ -7,9 +7,10 @@ from torch import Tensor
 
 
 def fold(units: Tensor, matrices: Sequence[Tensor], scales: Tensor, *, side: str) -> Tensor:
-    """As :func:`esl_fast.reference.contribution.fold` for `units (n, U)`; the result is units-major like they are."""
+    """As :func:`esl_fast.reference.contribution.fold` for `units (n, U)`."""
     dims = [m.shape[0] for m in matrices]
-    folded = units.new_empty(units.shape[1], units.shape[0])
-    for part, out, matrix, scale in zip(units.mT.split(dims), folded.split(dims), matrices, scales, strict=True):
-        torch.mm(scale * (matrix if side == "text" else matrix.mT), part, out=out)
-    return folded.mT
+    folded = units.new_empty(units.shape)
+    levels = zip(units.split(dims, 1), folded.split(dims, 1), matrices, scales.tolist(), strict=True)
+    for part, out, matrix, scale in levels:
+        torch.addmm(out, part, matrix.mT if side == "text" else matrix, beta=0, alpha=scale, out=out)
+    return folded

@@ -1,6 +1,6 @@
 """Similarity heads: from features of both sides to scores."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
 
 import torch
@@ -31,6 +31,13 @@ class Head(nn.Module):
         """Units ``(M, U)`` of text features ``(M, d)``."""
         raise NotImplementedError
 
+    def units_of(self, side: str, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """What makes units of block after block of a side's features, on a CPU without gradients.
+
+        It may look at weights once and need not check features.
+        """
+        return self.image_units if side == "image" else self.text_units
+
     def fold(self, units: Tensor, side: str) -> Tensor:
         """Units of ``side`` (``"image"`` or ``"text"``) with the contributions folded in."""
         raise NotImplementedError
@@ -52,17 +59,30 @@ class Head(nn.Module):
         Raises TypeError or ValueError for integer tensors, wrong sizes, different devices and (on a CPU)
         non-finite features.
         """
-        return self.scores(image_features, text_features).matrix()
+        self._check(image_features, text_features)
+        if not ops.streams(image_features, text_features):
+            return self.scores(image_features, text_features).matrix()
+        dtype = torch.promote_types(image_features.dtype, text_features.dtype)
+        features = {"image": image_features.to(dtype), "text": text_features.to(dtype)}
+        smaller, larger = ("image", "text") if len(image_features) < len(text_features) else ("text", "image")
+        ops.checks.finite(f"{smaller}_features", features[smaller])
+        folded = self.fold(self.units_of(smaller, dtype)(features[smaller]), smaller)
+        return ops.streamed_similarity(folded, features[larger], self.units_of(larger, dtype), folded_side=smaller)
 
     def scores(self, image_features: Tensor, text_features: Tensor) -> InnerProducts:
         """The similarity of features, for whatever consumes it; see :meth:`forward`."""
-        for name, features in (("image_features", image_features), ("text_features", text_features)):
-            ops.checks.matrix(name, features, self.embed_dim)
-            ops.checks.finite(name, features)
+        self._check(image_features, text_features)
+        ops.checks.finite("image_features", image_features)
+        ops.checks.finite("text_features", text_features)
+        return InnerProducts(*self.sides(image_features, text_features))
+
+    def _check(self, image_features: Tensor, text_features: Tensor) -> None:
+        """Everything but the values."""
+        ops.checks.matrix("image_features", image_features, self.embed_dim)
+        ops.checks.matrix("text_features", text_features, self.embed_dim)
         ops.checks.same_device(
             image_features=image_features, text_features=text_features, **dict(islice(self.named_parameters(), 1))
         )
-        return InnerProducts(*self.sides(image_features, text_features))
 
 
 class ESLHead(Head):
@@ -96,6 +116,9 @@ class ESLHead(Head):
 
     def text_units(self, y: Tensor) -> Tensor:
         return self.text(y)
+
+    def units_of(self, side: str, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        return (self.image if side == "image" else self.text).prepared(dtype)
 
     def degrees(self) -> Tensor:
         """Contribution degree of each level ``(L+1,)``."""

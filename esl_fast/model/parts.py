@@ -1,7 +1,7 @@
 """The learned parts of an ESL head: one aggregator a modality, one set of contributions."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -61,6 +61,10 @@ class HeuristicAggregator(nn.Module):
         taps = self.taps() if levels is None else self.taps()[:levels]
         return ops.aggregate(x, taps, chain=self.chain, normalize=self.normalize)
 
+    def prepared(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """What makes units of block after block; see :func:`esl_fast.ops.aggregator`."""
+        return ops.aggregator(self.weight.sum(1), dtype, chain=self.chain, normalize=self.normalize)
+
 
 class AdaptiveAggregator(nn.Module):
     """Each level's units are combinations of the two predecessors that its learned matrix weighs most."""
@@ -77,6 +81,11 @@ class AdaptiveAggregator(nn.Module):
         cache = None if self.training or torch.compiler.is_compiling() else self._cache
         weights = tensors_of(self.weights)[:levels]
         return ops.aggregate(x, weights, chain=self.chain, normalize=self.normalize, cache=cache)
+
+    def prepared(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """What makes units of block after block; see :func:`esl_fast.ops.aggregator`."""
+        cache = None if self.training else self._cache
+        return ops.aggregator(list(self.weights), dtype, chain=self.chain, normalize=self.normalize, cache=cache)
 
     def train(self, mode: bool = True) -> "AdaptiveAggregator":
         self._cache.clear()

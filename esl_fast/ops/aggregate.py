@@ -1,6 +1,6 @@
 """Measure-units of embeddings."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ class SelectionCache:
 
     def clear(self) -> None:
         self.__init__()
+
+    def __reduce__(self) -> tuple:
+        return type(self), ()  # a copy selects anew: compressed matrices cannot be copied
 
     def get(self, weights: Sequence[Tensor], select, kind: str):
         if any(w.is_inference() for w in weights):  # these carry no version to compare
@@ -75,26 +78,44 @@ def aggregate(
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
     if use_kernels(rows):
         units = _aggregate_kernels(rows, weights, cache if not grad else None, **options)
-    else:
+    elif grad or rows.device.type != "cpu" or torch.compiler.is_compiling() or checks.in_transform():
         compute = torch.promote_types(x.dtype, torch.float32)
         tensors = [w.to(compute) for w in tensors]
-        if grad or torch.compiler.is_compiling() or checks.in_transform():
-            levels = tensors[0].unbind() if heuristic else [reference.aggregate.select_top2(w) for w in tensors]
-            units = reference.aggregate.aggregate(rows.to(compute), levels, **options)
-        else:
-            if heuristic:
-                levels = weights.to(compute).unbind()
-            elif cache is None:
-                levels = _select_sparse(tensors)
-            else:
-                levels = cache.get(weights, lambda _: _select_sparse(tensors), f"sparse {compute}")
-            units = blocked.aggregate.aggregate(rows.detach().to(compute), levels, **options)
-        units = units.to(x.dtype)
+        levels = tensors[0].unbind() if heuristic else [reference.aggregate.select_top2(w) for w in tensors]
+        units = reference.aggregate.aggregate(rows.to(compute), levels, **options).to(x.dtype)
+    else:
+        units = aggregator(weights, x.dtype, cache=cache, **options)(rows)
     return units.view(*x.shape[:-1], units.shape[-1]) if x.ndim != 2 else units
 
 
-def _select_sparse(weights: Sequence[Tensor]) -> list:
-    return [blocked.aggregate.sparse_rows(reference.aggregate.select_top2(w)) for w in weights]
+def aggregator(
+    weights: Tensor | Sequence[Tensor],
+    dtype: torch.dtype,
+    *,
+    chain: str,
+    normalize: bool = True,
+    cache: SelectionCache | None = None,
+) -> Callable[[Tensor], Tensor]:
+    """:func:`aggregate` for block after block of rows ``(n, d)`` of a dtype, on a CPU without gradients.
+
+    Weights are looked at once, here; rows are not checked.
+    """
+    compute = torch.promote_types(dtype, torch.float32)
+
+    def compressed(matrices: Sequence[Tensor]) -> list[Tensor]:
+        selected = (reference.aggregate.select_top2(w.to(compute)) for w in matrices)
+        return [blocked.aggregate.compressed(matrix) for matrix in selected]
+
+    if isinstance(weights, Tensor):
+        levels = weights.to(compute).unbind()
+    else:
+        levels = compressed(weights) if cache is None else cache.get(weights, compressed, f"compressed {compute}")
+
+    def units(rows: Tensor) -> Tensor:
+        rows = rows.detach().to(compute)
+        return blocked.aggregate.aggregate(rows, levels, chain=chain, normalize=normalize).to(dtype)
+
+    return units
 
 
 def _check_levels(x: Tensor, weights: Sequence[Tensor], heuristic: bool) -> None:

@@ -84,7 +84,7 @@ def fold(units: Tensor, matrices: Sequence[Tensor], scales: Tensor, *, side: str
     compute = torch.promote_types(units.dtype, torch.float32)
     arguments = (rows.to(compute), [m.to(compute) for m in matrices], scales.to(compute))
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (units, scales, *matrices))
-    if grad or torch.compiler.is_compiling() or checks.in_transform():
+    if grad or rows.device.type != "cpu" or torch.compiler.is_compiling() or checks.in_transform():
         folded = reference.contribution.fold(*arguments, side=side)
     else:
         folded = blocked.contribution.fold(*arguments, side=side)

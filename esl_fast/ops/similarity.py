@@ -1,9 +1,11 @@
 """All-pairs similarity of folded units."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from esl_fast import reference
+from esl_fast import blocked, reference
 from esl_fast.ops import checks
 from esl_fast.ops.backend import use_kernels, without_autocast
 
@@ -21,3 +23,37 @@ def similarity(image_units: Tensor, folded_text_units: Tensor) -> Tensor:
 
         return kernel.similarity(image_units, folded_text_units)
     return reference.similarity.similarity(image_units, folded_text_units)
+
+
+def streams(*features: Tensor) -> bool:
+    """Whether :func:`streamed_similarity` serves features: on a CPU, without gradients, where the kernels do not."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or checks.in_transform() or use_kernels(*features):
+        return False
+    return all(x.device.type == "cpu" for x in features)
+
+
+@without_autocast
+def streamed_similarity(
+    folded: Tensor, features: Tensor, units: Callable[[Tensor], Tensor], *, folded_side: str
+) -> Tensor:
+    """:func:`similarity` of one side's folded units and the other side's features, whose units are made block by block.
+
+    Args:
+        folded: folded units of one side, any float dtype.
+        features: features of the other side, best the larger, in the same dtype.
+        units: makes units of some of the features.
+        folded_side: which side is folded, ``"image"`` or ``"text"``.
+
+    Returns:
+        ``(N, M)``, images by texts.
+
+    Raises:
+        ValueError: features that are not finite.
+    """
+    name = "text_features" if folded_side == "image" else "image_features"
+
+    def checked_units(block: Tensor) -> Tensor:
+        checks.finite(name, block, whole=features)
+        return units(block)
+
+    return blocked.similarity.similarity(folded, features, checked_units, folded_side=folded_side)
