@@ -40,56 +40,59 @@ def tensors_of(parameters: nn.ParameterList) -> list[Tensor]:
     return list(parameters._parameters.values())
 
 
-class HeuristicAggregator(nn.Module):
-    """Each level filters its predecessor with one learned s-tap window of stride s."""
+class Aggregator(nn.Module):
+    """Units of one modality's embeddings; keeps what it makes of its weights as long as they do not change."""
 
-    def __init__(self, dims: Sequence[int], kernel_size: int, side: str, *, normalize: bool) -> None:
+    def __init__(self, side: str, *, normalize: bool) -> None:
         super().__init__()
         self.chain, self.normalize = CHAIN[side], normalize
-        self.weight = nn.Parameter(torch.empty(len(dims) - 1, CHANNELS, kernel_size))
-        nn.init.uniform_(self.weight, -1 / math.sqrt(kernel_size), 1 / math.sqrt(kernel_size))  # as nn.Conv1d does
         self._cache = ops.SelectionCache()
 
-    def taps(self) -> Tensor:
-        """The filters ``(L, s)``: the sums over each one's channels."""
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self.weight.sum(1)
-        return self._cache.get((self.weight,), lambda weights: weights[0].sum(1), "taps")
+    def levels(self) -> tuple[Tensor | list[Tensor], ops.SelectionCache | None]:
+        """Weights of levels 1 to L as :func:`esl_fast.ops.aggregate` takes them, and the cache for it."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor, levels: int | None = None) -> Tensor:
         """Units of ``x (..., d)``, of levels 0 to ``levels`` (default: all)."""
-        taps = self.taps() if levels is None else self.taps()[:levels]
-        return ops.aggregate(x, taps, chain=self.chain, normalize=self.normalize)
-
-    def prepared(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        """What makes units of block after block; see :func:`esl_fast.ops.aggregator`."""
-        return ops.aggregator(self.weight.sum(1), dtype, chain=self.chain, normalize=self.normalize)
-
-
-class AdaptiveAggregator(nn.Module):
-    """Each level's units are combinations of the two predecessors that its learned matrix weighs most."""
-
-    def __init__(self, dims: Sequence[int], kernel_size: int, side: str, *, normalize: bool) -> None:
-        super().__init__()
-        self.chain, self.normalize = CHAIN[side], normalize
-        self.weights = nn.ParameterList(torch.randn(after, before) for before, after in pairwise(dims))
-        self._cache = ops.SelectionCache()
-
-    def forward(self, x: Tensor, levels: int | None = None) -> Tensor:
-        """Units of ``x (..., d)``, of levels 0 to ``levels`` (default: all)."""
-        # While training every step changes the weights; a cache would only hold on to memory.
-        cache = None if self.training or torch.compiler.is_compiling() else self._cache
-        weights = tensors_of(self.weights)[:levels]
+        weights, cache = self.levels()
+        weights = weights if levels is None else weights[:levels]
         return ops.aggregate(x, weights, chain=self.chain, normalize=self.normalize, cache=cache)
 
     def prepared(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         """What makes units of block after block; see :func:`esl_fast.ops.aggregator`."""
-        cache = None if self.training else self._cache
-        return ops.aggregator(list(self.weights), dtype, chain=self.chain, normalize=self.normalize, cache=cache)
+        weights, cache = self.levels()
+        return ops.aggregator(weights, dtype, chain=self.chain, normalize=self.normalize, cache=cache)
 
-    def train(self, mode: bool = True) -> "AdaptiveAggregator":
+    def train(self, mode: bool = True) -> "Aggregator":
         self._cache.clear()
         return super().train(mode)
+
+
+class HeuristicAggregator(Aggregator):
+    """Each level filters its predecessor with one learned s-tap window of stride s."""
+
+    def __init__(self, dims: Sequence[int], kernel_size: int, side: str, *, normalize: bool) -> None:
+        super().__init__(side, normalize=normalize)
+        self.weight = nn.Parameter(torch.empty(len(dims) - 1, CHANNELS, kernel_size))
+        nn.init.uniform_(self.weight, -1 / math.sqrt(kernel_size), 1 / math.sqrt(kernel_size))  # as nn.Conv1d does
+
+    def levels(self) -> tuple[Tensor, None]:
+        # A filter is the sum over its channels.
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.weight.sum(1), None
+        return self._cache.get((self.weight,), lambda weights: weights[0].sum(1), "taps"), None
+
+
+class AdaptiveAggregator(Aggregator):
+    """Each level's units are combinations of the two predecessors that its learned matrix weighs most."""
+
+    def __init__(self, dims: Sequence[int], kernel_size: int, side: str, *, normalize: bool) -> None:
+        super().__init__(side, normalize=normalize)
+        self.weights = nn.ParameterList(torch.randn(after, before) for before, after in pairwise(dims))
+
+    def levels(self) -> tuple[list[Tensor], ops.SelectionCache | None]:
+        # While training every step changes the weights; a cache would only hold on to memory.
+        return tensors_of(self.weights), None if self.training or torch.compiler.is_compiling() else self._cache
 
 
 def make_aggregator(name: str, dims: Sequence[int], kernel_size: int, side: str, *, normalize: bool) -> nn.Module:
