@@ -44,6 +44,7 @@ from esl_fast.kernels.tile import (
     quarters,
     sum_own_rows,
     sweep_length,
+    sweep_origin,
     sweeps,
     tile_cases,
     tile_origin,
@@ -102,7 +103,6 @@ def _sums_kernel(
 
     Row results are ``(col_groups, n)``, added to from tile to tile; column results are ``(row_groups, m)``.
     """
-    # Blocks are counted in 32 bits: a division in 64 takes a hundred instructions.
     row_group = tl.program_id(0) // col_groups
     col_group = tl.program_id(0) % col_groups
     sweep = sweep_length(tl.cdiv(n, ROWS), row_group, row_groups)
@@ -117,8 +117,7 @@ def _sums_kernel(
     third = zeros
     fourth = zeros
     for tile in tl.range(0, tiles, flatten=FLATTEN):
-        row = (row_group + tile % sweep * row_groups).to(tl.int64) * ROWS
-        first_col = (col_group + tile // sweep * col_groups).to(tl.int64) * COLS
+        row, first_col = sweep_origin(tile, sweep, row_group, col_group, row_groups, col_groups, ROWS, COLS)
         scores = tile_product(
             a, b, row, first_col, n, m, units, a_row, a_unit, b_row, b_unit,
             ROWS, COLS, DEPTH, TMA, PRECISION, UPCAST,

@@ -25,6 +25,7 @@ from esl_fast.kernels.tile import (
     quarters,
     sum_own_rows,
     sweep_length,
+    sweep_origin,
     sweeps,
     tile_cases,
     tile_product,
@@ -47,7 +48,6 @@ def _count_kernel(
     TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """How many scores of each row and column lie below its bar."""
-    # Blocks are counted in 32 bits: a division in 64 takes a hundred instructions.
     row_group = tl.program_id(0) // col_groups
     col_group = tl.program_id(0) % col_groups
     sweep = sweep_length(tl.cdiv(n, ROWS), row_group, row_groups)
@@ -60,8 +60,7 @@ def _count_kernel(
     third = zeros
     fourth = zeros
     for tile in tl.range(0, tiles, flatten=FLATTEN):
-        row = (row_group + tile % sweep * row_groups).to(tl.int64) * ROWS
-        col = (col_group + tile // sweep * col_groups).to(tl.int64) * COLS
+        row, col = sweep_origin(tile, sweep, row_group, col_group, row_groups, col_groups, ROWS, COLS)
         scores = tile_product(
             a, b, row, col, n, m, units, a_row, a_unit, b_row, b_unit,
             ROWS, COLS, DEPTH, TMA, PRECISION, UPCAST,

@@ -58,6 +58,31 @@ INTERPRETED = TileConfig(32, 64, 32, 4, 1)
 
 
 @triton.jit
+def row_product(
+    acc, x_row, y_row, units, a_unit, b_unit, DEPTH: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr
+):  # fmt: skip
+    """``acc`` and the product of rows that start at ``x_row (rows, 1)`` and ``y_row (columns, 1)``, none masked."""
+    offset = tl.arange(0, DEPTH).to(tl.int64)
+    whole = units // DEPTH * DEPTH
+    for k in range(0, whole, DEPTH):
+        x = tl.load(x_row + (k + offset)[None, :] * a_unit)
+        y = tl.load(y_row + (k + offset)[None, :] * b_unit)
+        if UPCAST:
+            x = x.to(tl.float32)
+            y = y.to(tl.float32)
+        acc = tl.dot(x, y.T, acc, input_precision=PRECISION)
+    if whole < units:
+        inside = (whole + offset < units)[None, :]
+        x = tl.load(x_row + (whole + offset)[None, :] * a_unit, mask=inside, other=0.0)
+        y = tl.load(y_row + (whole + offset)[None, :] * b_unit, mask=inside, other=0.0)
+        if UPCAST:
+            x = x.to(tl.float32)
+            y = y.to(tl.float32)
+        acc = tl.dot(x, y.T, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def tile_product(
     a, b, row, col, n, m, units, a_row, a_unit, b_row, b_unit,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
@@ -77,23 +102,7 @@ def tile_product(
         # Rows past the end repeat the last one: loads of a whole step then need no mask and stay 128 bits wide.
         x_row = a + tl.minimum(tl.arange(0, ROWS).to(tl.int64) + row, n - 1)[:, None] * a_row
         y_row = b + tl.minimum(tl.arange(0, COLS).to(tl.int64) + col, m - 1)[:, None] * b_row
-        offset = tl.arange(0, DEPTH).to(tl.int64)
-        whole = units // DEPTH * DEPTH
-        for k in range(0, whole, DEPTH):
-            x = tl.load(x_row + (k + offset)[None, :] * a_unit)
-            y = tl.load(y_row + (k + offset)[None, :] * b_unit)
-            if UPCAST:
-                x = x.to(tl.float32)
-                y = y.to(tl.float32)
-            acc = tl.dot(x, y.T, acc, input_precision=PRECISION)
-        if whole < units:
-            inside = (whole + offset < units)[None, :]
-            x = tl.load(x_row + (whole + offset)[None, :] * a_unit, mask=inside, other=0.0)
-            y = tl.load(y_row + (whole + offset)[None, :] * b_unit, mask=inside, other=0.0)
-            if UPCAST:
-                x = x.to(tl.float32)
-                y = y.to(tl.float32)
-            acc = tl.dot(x, y.T, acc, input_precision=PRECISION)
+        acc = row_product(acc, x_row, y_row, units, a_unit, b_unit, DEPTH, PRECISION, UPCAST)
     return acc
 
 
@@ -113,6 +122,18 @@ def tile_origin(tile, row_blocks, col_blocks, ROWS: tl.constexpr, COLS: tl.const
 def sweep_length(blocks, group, groups):
     """How many of ``blocks`` blocks are number ``group`` modulo ``groups``."""
     return (blocks - group + groups - 1) // groups
+
+
+@triton.jit
+def sweep_origin(
+    tile, sweep, row_group, col_group, row_groups, col_groups, ROWS: tl.constexpr, COLS: tl.constexpr
+):  # fmt: skip
+    """First row and column of a program's ``tile``-th tile: down ``sweep`` row blocks, then to its next column block.
+
+    Blocks are counted in 32 bits (a division in 64 takes a hundred instructions), rows and columns in 64.
+    """
+    row = (row_group + tile % sweep * row_groups).to(tl.int64) * ROWS
+    return row, (col_group + tile // sweep * col_groups).to(tl.int64) * COLS
 
 
 @triton.jit
