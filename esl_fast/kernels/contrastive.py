@@ -22,7 +22,7 @@ scratch costs 3 x 2.1 GB, 1.3 ms at 4.8 TB/s, in the shadow of the products. On 
 256 x 128 takes 32 Ki exponentials, 2,048 cycles at 16 a cycle, against 16,384 of wgmma.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -35,7 +35,6 @@ from esl_fast.kernels.inspect import CompileCase
 from esl_fast.kernels.paired import paired_scores
 from esl_fast.kernels.tile import (
     GROUP,
-    Plan,
     check_operands,
     eighths,
     launch_options,
@@ -52,11 +51,13 @@ from esl_fast.kernels.tile import (
 )
 
 CHUNK = 4096
-GAIN_BITS = 14
-MERGE_BLOCK = 256
+FINISH_BLOCK = 256
+GAIN_BITS = tl.constexpr(14)
+GAIN = tl.constexpr(2.0**14)
+LEAST, MOST = tl.constexpr(2.0**-80), tl.constexpr(2.0**120)
 CENTERED_FROM = 1 << 22  # pairs from which the pass with a center pays
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = 0.6931471805599453
+HALF_LN2 = tl.constexpr(0.34657359027997264)
 
 # What a pair of equal ids is. DIAGONAL has no ids.
 DIAGONAL, POSITIVE, IGNORE = 0, 1, 2
@@ -172,17 +173,16 @@ def _sums_kernel(
 
 @triton.jit(do_not_specialize=["n", "m", "units", "row_groups", "col_groups"])
 def _online_kernel(
-    a, b, logit_scale, center, image_ids, text_ids, row_parts, col_parts, row_positives, col_positives,
+    a, b, logit_scale, bad, image_ids, text_ids, row_parts, col_parts, row_positives, col_positives,
     n, m, units, a_row, a_unit, b_row, b_unit, row_groups, col_groups,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, MODE: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """As :func:`_sums_kernel` for logits of any range, if ``center`` is infinite; else nothing.
+    """As :func:`_sums_kernel` for logits of any range, if its sums are ``bad``; else nothing.
 
     Parts are ``(2, groups, n or m)``: maximum and sum of 2^(logit - maximum).
     """
-    shift = tl.load(center)
-    if shift < float("inf"):
+    if tl.load(bad) == 0.0:
         return
     program = tl.program_id(0).to(tl.int64)
     row_group = program // col_groups
@@ -242,26 +242,113 @@ def _online_kernel(
             tl.store(row_positives + col_group * n + row + r, row_positive, mask=r < n - row)
 
 
-@triton.jit(do_not_specialize=["groups", "count"])
-def _merge_kernel(parts, center, log_sums, groups, count, BLOCK: tl.constexpr):
-    """Log-sum-exp in base 2 from parts ``(2, groups, count)``, unless ``center`` says that there are none."""
-    shift = tl.load(center)
-    if shift < float("inf"):
-        return
-    items = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    live = items < count
-    plane = tl.zeros((), tl.int64) + count * groups.to(tl.int64)
-    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+@triton.jit(do_not_specialize=["n", "m", "row_groups", "col_groups"])
+def _total_kernel(row_sums, col_sums, center, totals, bad, n, m, row_groups, col_groups, BLOCK: tl.constexpr):
+    """Sums of all groups, rows' and then columns', ``(n + m,)``; ``bad`` becomes 1 if one of them is out of range."""
+    item = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    is_row = item < n
+    is_col = (is_row == 0) & (item < n.to(tl.int64) + m)
     total = tl.zeros((BLOCK,), tl.float32)
+    for group in range(0, col_groups):
+        total += tl.load(row_sums + group * n.to(tl.int64) + item, mask=is_row, other=0.0)
+    for group in range(0, row_groups):
+        total += tl.load(col_sums + group * m.to(tl.int64) + item - n, mask=is_col, other=0.0)
+    tl.store(totals + item, total, mask=is_row | is_col)
+    # Whatever was lost or overflew shows, and so does NaN.
+    safe = (total > LEAST) & (total < MOST)
+    wrong = tl.max(tl.where((is_row | is_col) & (safe == 0), 1.0, 0.0), 0)
+    if tl.where(tl.abs(tl.load(center)) < 100.0, wrong, 1.0) > 0.0:
+        tl.store(bad, 1.0)
+
+
+@triton.jit
+def _log_sum(parts, item, groups, count, live):
+    """Log-sum-exp in base 2 from parts ``(2, groups, count)``."""
+    plane = tl.zeros((), tl.int64) + count * groups.to(tl.int64)
+    largest = tl.full(item.shape, float("-inf"), tl.float32)
+    total = tl.zeros(item.shape, tl.float32)
     for group in range(0, groups):
-        part = parts + group * count.to(tl.int64) + items
+        part = parts + group * count.to(tl.int64) + item
         other = tl.load(part, mask=live, other=float("-inf"))
         other_sum = tl.load(part + plane, mask=live, other=0.0)
         new = tl.maximum(largest, other)
         base = tl.where(new == float("-inf"), 0.0, new)
         total = total * tl.exp2(largest - base) + other_sum * tl.exp2(other - base)
         largest = new
-    tl.store(log_sums + items, largest + tl.log2(tl.where(live, total, 1.0)), mask=live)
+    return largest + tl.log2(tl.where(live, total, 1.0))
+
+
+@triton.jit
+def _finish_side(
+    totals, parts, positives, counts, diagonal, center, centered, weight, ratio, item, groups, count, live,
+    MODE: tl.constexpr,
+):  # fmt: skip
+    """Weighted losses, terms and targets of one side's items."""
+    if centered:
+        log_sum = tl.log2(tl.load(totals + item, mask=live, other=1.0)) + center
+    else:
+        log_sum = _log_sum(parts, item, groups, count, live)
+    if MODE == 1:
+        positive = tl.zeros(item.shape, tl.float32)
+        for group in range(0, groups):
+            positive += tl.load(positives + group * count.to(tl.int64) + item, mask=live, other=0.0)
+        many = tl.load(counts + item, mask=live, other=0)
+        target = tl.where(many > 0, 1.0 / tl.maximum(many, 1).to(tl.float32), 0.0)
+    else:
+        positive = diagonal
+        target = tl.where(live, 1.0, 0.0)
+    loss = tl.where(target > 0.0, log_sum - positive * target, 0.0) * weight
+    shift = tl.where(target > 0.0, log_sum, float("inf")) - tl.log2(ratio) - GAIN_BITS
+    term = shift
+    if centered:
+        term = tl.exp2(center - shift)
+    return loss, term, target * ratio * GAIN
+
+
+@triton.jit(do_not_specialize=["n", "m", "row_groups", "col_groups"])
+def _finish_kernel(
+    logit_scale, center, bad, totals, row_parts, col_parts, row_positives, col_positives, row_counts, col_counts,
+    diagonal, weights, row_terms, col_terms, row_targets, col_targets, on_diagonal, losses, besides, center_used, unit,
+    n, m, row_groups, col_groups, MODE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Losses, and what :func:`_gradient_kernel` needs; G's diagonal with its targets taken off (where ids do not say
+    what is positive), and ``besides``, those targets times the scores. ``unit`` is what G is a multiple of."""
+    item = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    is_row = item < n
+    is_col = item < m
+    scale = tl.load(logit_scale).to(tl.float32) * LOG2E
+    centered = tl.load(bad) == 0.0
+    middle = tl.where(centered, tl.load(center), float("inf"))
+    row_weight = tl.load(weights)
+    col_weight = tl.load(weights + 1)
+    # G is stored relative to the larger weight: ratios are at most 1.
+    weight = tl.maximum(row_weight, col_weight)
+    score = tl.load(diagonal + item, mask=is_row & is_col, other=0.0)
+    row_loss, row_term, row_target = _finish_side(
+        totals, row_parts, row_positives, row_counts, score * scale, middle, centered, row_weight,
+        row_weight / weight, item, col_groups, n, is_row, MODE,
+    )  # fmt: skip
+    col_loss, col_term, col_target = _finish_side(
+        totals + n, col_parts, col_positives, col_counts, score * scale, middle, centered, col_weight,
+        col_weight / weight, item, row_groups, m, is_col, MODE,
+    )  # fmt: skip
+    tl.store(row_terms + item, row_term, mask=is_row)
+    tl.store(col_terms + item, col_term, mask=is_col)
+    tl.store(row_targets + item, row_target, mask=is_row)
+    tl.store(col_targets + item, col_target, mask=is_col)
+    loss = tl.where(is_row, row_loss, 0.0) + tl.where(is_col, col_loss, 0.0)
+    tl.store(losses + tl.program_id(0), tl.sum(loss, 0) * HALF_LN2)
+    if MODE != 1:
+        whole = tl.exp2(score * scale - row_term) + tl.exp2(score * scale - col_term)
+        if centered:
+            whole = tl.exp2(score * scale - middle) * (row_term + col_term)
+        targets = row_target + col_target
+        tl.store(on_diagonal + item, whole - targets, mask=is_row)
+        beside = tl.where(is_row, targets * score, 0.0)
+        tl.store(besides + tl.program_id(0), tl.sum(beside, 0))
+    if tl.program_id(0) == 0:
+        tl.store(center_used, middle)
+        tl.store(unit, weight / (2.0 * GAIN))
 
 
 @triton.jit(do_not_specialize=["n", "m", "units", "first_row", "last_row", "grad_row"])
@@ -330,15 +417,6 @@ def _gradient_kernel(
     tl.store(scale_parts + program, tl.sum(by_row, 0))
 
 
-def _merge(parts: Tensor, center: Tensor) -> Tensor:
-    _, groups, count = parts.shape
-    log_sums = torch.zeros_like(parts[0, 0])
-    _merge_kernel[(cdiv(count, MERGE_BLOCK),)](
-        parts, center, log_sums, groups, count, BLOCK=MERGE_BLOCK, num_warps=4, enable_fp_fusion=True
-    )
-    return log_sums
-
-
 def _ordinals(image_ids: Tensor, text_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Ids as int32 from 0 in the same order: half the registers to compare."""
     every = torch.cat([image_ids, text_ids]).sort().values
@@ -351,62 +429,10 @@ def _counts(ids: Tensor, among: Tensor) -> Tensor:
     return torch.searchsorted(among, ids, right=True) - torch.searchsorted(among, ids)
 
 
-def _side(log_sums: Tensor, positives: Tensor, count: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean loss of a side, its weight of each item (1 / number of items with positives), target and shift."""
-    if count is None:
-        count = torch.ones_like(log_sums)
-    owned = count > 0
-    weight = 1.0 / owned.sum().clamp(min=1).to(torch.float32)
-    target = owned / count.clamp(min=1)
-    loss = torch.where(owned, log_sums - positives * target, 0.0).sum() * weight * LN2
-    return loss, weight, target, torch.where(owned, log_sums, torch.inf)
-
-
-class _Logs(NamedTuple):
-    """Log-sum-exp and sum of positive logits of each row and column, in base 2; for the center see the module."""
-
-    center: Tensor
-    row_logs: Tensor
-    col_logs: Tensor
-    row_positives: Tensor
-    col_positives: Tensor
-
-
-def _logs(
-    plan: Plan, logit_scale: Tensor, diagonal: Tensor, image_ids: Tensor | None, text_ids: Tensor | None, mode: int
-) -> _Logs:
-    row_groups, col_groups = sweeps(plan)
-    launch = {"MODE": mode, **plan.constants, **launch_options(plan.config)}
-    operands = (*plan.operands, logit_scale)
-    sizes = (*plan.sizes, row_groups, col_groups)
-    row_positives = col_positives = None
-    if mode == POSITIVE:
-        row_positives = torch.zeros(col_groups, plan.n, dtype=torch.float32, device=logit_scale.device)
-        col_positives = torch.zeros(row_groups, plan.m, dtype=torch.float32, device=logit_scale.device)
-    rows, cols = diagonal.new_zeros(1), diagonal.new_zeros(1)
-    center = diagonal.new_full((), torch.inf)
-    if plan.n * plan.m >= CENTERED_FROM:
-        guess = (diagonal * (logit_scale * LOG2E.value)).min()
-        row_sums, col_sums = diagonal.new_zeros(col_groups, plan.n), diagonal.new_empty(row_groups, plan.m)
-        _sums_kernel[(row_groups * col_groups,)](
-            *operands, guess, image_ids, text_ids, row_sums, col_sums, row_positives, col_positives, *sizes,
-            WARPS=plan.warps, FLATTEN=plan.flatten and mode == DIAGONAL, **launch,
-        )  # fmt: skip
-        rows, cols = row_sums.sum(0), col_sums.sum(0)
-        low, high = (torch.minimum(rows.min(), cols.min()), torch.maximum(rows.max(), cols.max()))
-        # Anything lost or overflown shows, and so does NaN.
-        whole = (low > 2.0**-80) & (high < 2.0**120) & (guess.abs() < 100)
-        center = torch.where(whole, guess, torch.inf)
-    row_parts, col_parts = diagonal.new_empty(2, col_groups, plan.n), diagonal.new_empty(2, row_groups, plan.m)
-    _online_kernel[(row_groups * col_groups,)](
-        *operands, center, image_ids, text_ids, row_parts, col_parts, row_positives, col_positives, *sizes, **launch
-    )
-    centered = center < torch.inf
-    row_logs = torch.where(centered, rows.log2() + center, _merge(row_parts, center))
-    col_logs = torch.where(centered, cols.log2() + center, _merge(col_parts, center))
-    if mode != POSITIVE:
-        row_positives = col_positives = (diagonal * (logit_scale * LOG2E.value))[None]
-    return _Logs(center, row_logs, col_logs, row_positives.sum(0), col_positives.sum(0))
+def _weights(row_counts: Tensor, col_counts: Tensor) -> Tensor:
+    """``(2,)``: one over the number of rows, and of columns, that have positives."""
+    owned = torch.stack([(row_counts > 0).sum(), (col_counts > 0).sum()])
+    return 1.0 / owned.clamp(min=1).to(torch.float32)
 
 
 @op("contrastive_forward")
@@ -417,42 +443,71 @@ def contrastive_forward(
     image_ids: Tensor | None,
     text_ids: Tensor | None,
     mode: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, and for the backward: center, terms and targets of rows and columns (see the kernel), the diagonal's
-    scores, and G's weight."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, and for the backward: center, terms and targets of rows and columns, G's diagonal, what was taken off there
+    times the scores (in parts), and what G is a multiple of; see the kernels."""
     n, m = image_units.shape[0], folded_text_units.shape[0]
+    device = image_units.device
+    finishing = cdiv(max(n, m), FINISH_BLOCK)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+
+    row_terms, col_terms, row_targets, col_targets = empty(n), empty(m), empty(n), empty(m)
     if not n or not m:
-        empty = image_units.new_zeros(n + m, dtype=torch.float32)
-        zero = image_units.new_zeros((), dtype=torch.float32)
-        sides = (empty[:n].clone(), empty[n:].clone(), empty[:n].clone(), empty[n:].clone())
-        return zero, zero.clone(), *sides, empty[:0].clone(), zero.clone()
+        sides = (row_terms.zero_(), col_terms.zero_(), row_targets.zero_(), col_targets.zero_())
+        zeros = torch.zeros(3, dtype=torch.float32, device=device).unbind()
+        zero, center, unit = (x.clone() for x in zeros)
+        return zero, center, *sides, empty(0), empty(0), unit
     with on_device_of(image_units):
         plan = make_plan(image_units, folded_text_units, sweep=True)
-        diagonal = paired_scores(plan, image_units, folded_text_units)
-        logs = _logs(plan, logit_scale.to(torch.float32), diagonal, image_ids, text_ids, mode)
-        row_counts = col_counts = None
+        row_groups, col_groups = sweeps(plan)
+        launch = {"MODE": mode, **plan.constants, **launch_options(plan.config)}
+        sizes = (*plan.sizes, row_groups, col_groups)
+        factor = logit_scale * LOG2E.value
+        diagonal, guess = paired_scores(plan, image_units, folded_text_units, factor)
+        row_positives = col_positives = row_counts = col_counts = None
         if mode == POSITIVE:
+            row_positives = torch.zeros(col_groups, n, dtype=torch.float32, device=device)
+            col_positives = torch.zeros(row_groups, m, dtype=torch.float32, device=device)
             row_counts, col_counts = _counts(image_ids, text_ids), _counts(text_ids, image_ids)
-        row_loss, row_weight, row_target, row_shift = _side(logs.row_logs, logs.row_positives, row_counts)
-        col_loss, col_weight, col_target, col_shift = _side(logs.col_logs, logs.col_positives, col_counts)
-        # G is stored relative to the larger weight: 2^GAIN_BITS times ratios of at most 1.
-        weight = torch.maximum(row_weight, col_weight)
-        gain = 2.0**GAIN_BITS
-        terms, targets = [], []
-        for shift, target, ratio in (
-            (row_shift, row_target, row_weight / weight),
-            (col_shift, col_target, col_weight / weight),
-        ):
-            shift = shift - ratio.log2() - GAIN_BITS
-            terms.append(torch.where(logs.center < torch.inf, (logs.center - shift).exp2(), shift))
-            targets.append(target * (ratio * gain))
-        return (row_loss + col_loss) / 2, logs.center, *terms, *targets, diagonal, weight / (2 * gain)
+            weights = _weights(row_counts, col_counts)
+        else:
+            weights = torch.full((2,), 1 / n, dtype=torch.float32, device=device)
+        totals = bad = torch.ones(1, dtype=torch.float32, device=device)
+        if n * m >= CENTERED_FROM:
+            zeros = torch.zeros(col_groups * n + 1, dtype=torch.float32, device=device)
+            row_sums, bad = zeros[1:], zeros[:1]
+            col_sums, totals = empty(row_groups, m), empty(n + m)
+            _sums_kernel[(row_groups * col_groups,)](
+                *plan.operands, logit_scale, guess, image_ids, text_ids, row_sums, col_sums, row_positives,
+                col_positives, *sizes, WARPS=plan.warps, FLATTEN=plan.flatten and mode == DIAGONAL, **launch,
+            )  # fmt: skip
+            _total_kernel[(cdiv(n + m, FINISH_BLOCK),)](
+                row_sums, col_sums, guess, totals, bad, n, m, row_groups, col_groups,
+                BLOCK=FINISH_BLOCK, num_warps=4, enable_fp_fusion=True,
+            )  # fmt: skip
+        row_parts, col_parts = empty(2, col_groups, n), empty(2, row_groups, m)
+        _online_kernel[(row_groups * col_groups,)](
+            *plan.operands, logit_scale, bad, image_ids, text_ids, row_parts, col_parts, row_positives,
+            col_positives, *sizes, **launch,
+        )  # fmt: skip
+        center, unit, losses = empty(), empty(), empty(finishing)
+        on_diagonal, besides = (empty(0), empty(0)) if mode == POSITIVE else (empty(n), empty(finishing))
+        _finish_kernel[(finishing,)](
+            logit_scale, guess, bad, totals, row_parts, col_parts, row_positives, col_positives, row_counts,
+            col_counts, diagonal, weights, row_terms, col_terms, row_targets, col_targets, on_diagonal, losses,
+            besides, center, unit, n, m, row_groups, col_groups,
+            MODE=mode, BLOCK=FINISH_BLOCK, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+        return losses.sum(), center, row_terms, col_terms, row_targets, col_targets, on_diagonal, besides, unit
 
 
 @contrastive_forward.register_fake
 def _(image_units, folded_text_units, logit_scale, image_ids, text_ids, mode):
     n, m = image_units.shape[0], folded_text_units.shape[0]
-    shapes = ((), (), (n,), (m,), (n,), (m,), (min(n, m),), ())
+    on_diagonal, besides = (0, 0) if mode == POSITIVE else (n, cdiv(n, FINISH_BLOCK))
+    shapes = ((), (), (n,), (m,), (n,), (m,), (on_diagonal,), (besides,), ())
     return tuple(image_units.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
@@ -470,8 +525,9 @@ def contrastive_backward(
     col_terms: Tensor,
     row_target: Tensor,
     col_target: Tensor,
-    diagonal: Tensor,
-    weight: Tensor,
+    on_diagonal: Tensor,
+    besides: Tensor,
+    unit: Tensor,
     needs_image: bool,
     needs_text: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -484,14 +540,11 @@ def contrastive_backward(
         return grad_image.zero_(), grad_text, torch.zeros_like(logit_scale)
     with on_device_of(image_units):
         plan = make_plan(image_units, folded_text_units, sweep=True)
-        factor = grad.to(torch.float32) * weight
+        factor = grad.to(torch.float32) * unit
         unit_factor = factor * logit_scale.to(torch.float32)
         scratch = padded_rows(min(n, CHUNK), m, image_units.dtype, image_units.device)
         scale_parts = image_units.new_zeros(cdiv(n, CHUNK), plan.programs, dtype=torch.float32)
         text_total = None
-        on_diagonal, beside = _diagonal_gradient(
-            logit_scale, center, row_terms, col_terms, row_target, col_target, diagonal, mode
-        )
         for chunk, first in enumerate(range(0, n, CHUNK)):
             last = min(n, first + CHUNK)
             gradient = scratch[: last - first]
@@ -525,36 +578,11 @@ def contrastive_backward(
                 torch.mul(part, unit_factor, out=grad_image[first:last])
             if needs_text:
                 text_total = _product(gradient.mT, widened(image_units[first:last]), text_total)
-        grad_scale = ((scale_parts.sum() - beside) * factor).to(logit_scale.dtype).reshape(logit_scale.shape)
+        scores = scale_parts.sum() - besides.sum()
+        grad_scale = (scores * factor).to(logit_scale.dtype).reshape(logit_scale.shape)
         if text_total is None:
             return grad_image, folded_text_units.new_empty(0, units), grad_scale
         return grad_image, (text_total[:, :units] * unit_factor).to(folded_text_units.dtype), grad_scale
-
-
-def _diagonal_gradient(
-    logit_scale: Tensor,
-    center: Tensor,
-    row_terms: Tensor,
-    col_terms: Tensor,
-    row_target: Tensor,
-    col_target: Tensor,
-    diagonal: Tensor,
-    mode: int,
-) -> tuple[Tensor, Tensor]:
-    """G's diagonal with its targets taken off, which the kernel leaves to us, and the targets times the scores.
-
-    Where ids say what is positive, it does not.
-    """
-    if mode == POSITIVE:
-        return diagonal, diagonal.new_zeros(())
-    logits = diagonal * (logit_scale.to(torch.float32) * LOG2E.value)
-    whole = torch.where(
-        center < torch.inf,
-        (logits - center).exp2() * (row_terms + col_terms),
-        (logits - row_terms).exp2() + (logits - col_terms).exp2(),
-    )
-    targets = row_target + col_target
-    return whole - targets, (targets * diagonal).sum()
 
 
 @contrastive_backward.register_fake
@@ -656,7 +684,7 @@ def compile_cases() -> list[CompileCase]:
         ("ignore", {"MODE": IGNORE}),
     ]
     ids = {"image_ids": "*i32", "text_ids": "*i32", "logit_scale": "*fp32"}
-    groups = {"center": "*fp32", "row_groups": "i32", "col_groups": "i32"}
+    groups = {"row_groups": "i32", "col_groups": "i32"}
     positives = ("row_positives", "col_positives")
 
     def of(kernel: Any) -> list[tuple[str, dict[str, Any]]]:
@@ -676,15 +704,15 @@ def compile_cases() -> list[CompileCase]:
         tile_cases(
             f"contrastive_{name}_32k",
             kernel,
-            {**ids, **groups, **dict.fromkeys((*results, *positives), "*fp32")},
+            {**ids, **groups, **dict.fromkeys((known, *results, *positives), "*fp32")},
             of(kernel),
             lambda itemsize: (2.0 * n * n * units, itemsize * 2.0 * n * units),
             divisible=(*results, *positives),
             sweep=True,
         )
-        for name, kernel, results in (
-            ("sums", _sums_kernel, ("row_sums", "col_sums")),
-            ("online", _online_kernel, ("row_parts", "col_parts")),
+        for name, kernel, known, results in (
+            ("sums", _sums_kernel, "center", ("row_sums", "col_sums")),
+            ("online", _online_kernel, "bad", ("row_parts", "col_parts")),
         )
     )
     sides = dict.fromkeys(
@@ -699,17 +727,21 @@ def compile_cases() -> list[CompileCase]:
         divisible=("row_terms", "col_terms", "row_target", "col_target", "grad"),
         sweep=True,
     )
-    merge = CompileCase(
-        name="merge_32k_x_66",
-        kernel=_merge_kernel,
-        signature={"parts": "*fp32", "center": "*fp32", "log_sums": "*fp32", "groups": "i32", "count": "i32"},
-        constexprs={"BLOCK": MERGE_BLOCK},
-        num_warps=4,
-        num_stages=3,
-        divisible=("parts", "log_sums"),
-        flops=10.0 * 66 * n,
-        bytes=4.0 * 2 * 66 * n,
-        precision="fp32",
-        options={"enable_fp_fusion": True},
-    )
-    return [*sums, *online, *gradient, merge]
+
+    def small(name: str, kernel: Any, constants: dict[str, Any], moved: float) -> CompileCase:
+        numbers = dict.fromkeys(("n", "m", "row_groups", "col_groups"), "i32")
+        counts = dict.fromkeys(("row_counts", "col_counts"), "*i64")
+        pointers = {arg: counts.get(arg, "*fp32") for arg in kernel.arg_names if arg not in (*numbers, *constants)}
+        return CompileCase(
+            name, kernel, {**pointers, **numbers}, constants, 4, 3, tuple(arg for arg in pointers if arg != "bad"),
+            flops=10.0 * moved, bytes=moved, precision="fp32", options={"enable_fp_fusion": True},
+        )  # fmt: skip
+
+    block = {"BLOCK": FINISH_BLOCK}
+    unused = dict.fromkeys((*positives, "row_counts", "col_counts"))
+    return [
+        *sums, *online, *gradient,
+        small("total_32k", _total_kernel, block, 4.0 * (132 + 2) * n),
+        small("finish_32k_diagonal", _finish_kernel, {**block, **unused, "MODE": DIAGONAL}, 40.0 * n),
+        small("finish_32k_positive", _finish_kernel, {**block, "MODE": POSITIVE}, 40.0 * n),
+    ]  # fmt: skip

@@ -23,11 +23,11 @@ LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 @triton.jit(do_not_specialize=["pairs", "units"])
 def _paired_kernel(
-    a, b, owners, scores, best, pairs, units, a_row, a_unit, b_row, b_unit,
+    a, b, owners, scores, best, factor, lowest, pairs, units, a_row, a_unit, b_row, b_unit,
     PAIRS: tl.constexpr, DEPTH: tl.constexpr, OWNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """With ``OWNED``, scores that are not finite become the lowest finite number, and ``best`` takes each image's
-    highest."""
+    highest; else ``lowest`` takes the lowest score times ``factor``."""
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     live = pair < pairs
     image = pair
@@ -42,17 +42,21 @@ def _paired_kernel(
     if OWNED:
         own = tl.where(tl.abs(own) < float("inf"), own, LOWEST)
         tl.atomic_max(best + image, own, mask=live, sem="relaxed")
+    else:
+        least = tl.min(tl.where(live, own * tl.load(factor).to(tl.float32), float("inf")), 0)
+        tl.atomic_min(lowest + index * 0, least + index * 0.0, mask=index == 0, sem="relaxed")
     tl.store(scores + pair, own, mask=live)
 
 
-def paired_scores(plan: Plan, images: Tensor, texts: Tensor) -> Tensor:
-    """Scores ``(min(N, M),)``, float32, of image i with text i.
+def paired_scores(plan: Plan, images: Tensor, texts: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores ``(min(N, M),)``, float32, of image i with text i, and the lowest of them times ``factor ()``.
 
     ``plan`` is that of the all-pairs product with whose scores these are to be compared.
     """
     scores = torch.empty(min(images.shape[0], texts.shape[0]), dtype=torch.float32, device=texts.device)
-    _launch(plan, images, texts, None, scores, None)
-    return scores
+    lowest = torch.full((), torch.inf, dtype=torch.float32, device=texts.device)
+    _launch(plan, images, texts, None, scores, None, factor, lowest)
+    return scores, lowest
 
 
 def owned_scores(plan: Plan, images: Tensor, texts: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,16 +66,24 @@ def owned_scores(plan: Plan, images: Tensor, texts: Tensor, owners: Tensor) -> t
     """
     scores = torch.empty(texts.shape[0], dtype=torch.float32, device=texts.device)
     best = torch.full((images.shape[0],), -torch.inf, dtype=torch.float32, device=texts.device)
-    _launch(plan, images, texts, owners, scores, best)
+    _launch(plan, images, texts, owners, scores, best, None, None)
     return best, scores
 
 
 def _launch(
-    plan: Plan, images: Tensor, texts: Tensor, owners: Tensor | None, scores: Tensor, best: Tensor | None
+    plan: Plan,
+    images: Tensor,
+    texts: Tensor,
+    owners: Tensor | None,
+    scores: Tensor,
+    best: Tensor | None,
+    factor: Tensor | None,
+    lowest: Tensor | None,
 ) -> None:
     constants = {key: plan.constants[key] for key in ("DEPTH", "PRECISION", "UPCAST")}
     _paired_kernel[(cdiv(scores.shape[0], PAIRS),)](
-        images, texts, owners, scores, best, scores.shape[0], images.shape[1], *images.stride(), *texts.stride(),
+        images, texts, owners, scores, best, factor, lowest, scores.shape[0], images.shape[1],
+        *images.stride(), *texts.stride(),
         PAIRS=PAIRS, OWNED=owners is not None, **constants, **launch_options(plan.config) | {"num_warps": 4},
     )  # fmt: skip
 
@@ -93,7 +105,7 @@ def compile_cases() -> list[CompileCase]:
                     kernel=_paired_kernel,
                     signature={"a": f"*{kind}", "b": f"*{kind}", **signature},
                     constexprs={
-                        "a_unit": 1, "b_unit": 1, "PAIRS": PAIRS, "OWNED": True,
+                        "a_unit": 1, "b_unit": 1, "PAIRS": PAIRS, "OWNED": True, "factor": None, "lowest": None,
                         **{key: constants[key] for key in ("DEPTH", "PRECISION", "UPCAST")},
                     },
                     num_warps=4,
