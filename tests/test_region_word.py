@@ -87,10 +87,14 @@ def gradients(scores, grad, tensors):
     return torch.autograd.grad((scores * grad).sum(), tensors)
 
 
+@pytest.mark.parametrize("blocks", [None, (20, 16, 100), (1, 1, 1)])
 @pytest.mark.parametrize("units_major", [False, True])
 @pytest.mark.parametrize("padded_regions", [False, True])
 @pytest.mark.parametrize("sizes", [(5, 7, 9, 11, 40), (1, 1, 1, 1, 3), (3, 3, 2, 140, 8), (150, 2, 5, 20, 6)])
-def test_blocked(sizes, padded_regions, units_major):
+def test_blocked(monkeypatch, sizes, padded_regions, units_major, blocks):
+    if blocks is not None:
+        for name, size in zip(("BLOCK_REGIONS", "BLOCK_WORDS", "BLOCK_REDUCED"), blocks, strict=True):
+            monkeypatch.setattr(blocked, name, size)
     tensors, word_lengths, region_lengths = case(*sizes, padded_regions=padded_regions, units_major=units_major)
     expected = reference.region_word_similarity(*tensors, word_lengths, region_lengths)
     actual = blocked.region_word_similarity(*tensors, word_lengths, region_lengths)
@@ -126,13 +130,15 @@ def test_empty(n, m):
     assert all(t.grad is not None and not t.grad.any() for t in tensors)
 
 
-def test_large_smooth():
-    """Exponentials that overflow or vanish unless the maximum is subtracted."""
-    (region_units, word_units, _), word_lengths, _ = case(3, 5, 4, 6, 12, dtype=torch.float32)
-    smooth = torch.tensor(900.0)
-    tensors = (region_units, word_units, smooth)
-    expected = reference.region_word_similarity(*(t.double() for t in tensors), word_lengths)
-    assert relative_error(blocked.region_word_similarity(*tensors, word_lengths), expected) < 1e-4
+@pytest.mark.parametrize("padded_regions", [False, True])
+@pytest.mark.parametrize(("smooth", "tolerance"), [(0, 1e-6), (59, 1e-5), (61, 1e-5), (900, 1e-4), (-900, 1e-4)])
+def test_any_smooth(smooth, tolerance, padded_regions):
+    """Exponentials that, of the largest, overflow or vanish unless the maximum is subtracted."""
+    (region_units, word_units, _), *lengths = case(3, 5, 4, 6, 12, padded_regions=padded_regions, dtype=torch.float32)
+    word_units = -word_units.abs()  # of nonnegative regions: the largest of b is far from 0, where padding is
+    tensors = (region_units.abs(), word_units, torch.tensor(float(smooth)))
+    expected = reference.region_word_similarity(*(t.double() for t in tensors), *lengths)
+    assert relative_error(blocked.region_word_similarity(*tensors, *lengths), expected) < tolerance
 
 
 def test_half_precision():

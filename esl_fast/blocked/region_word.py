@@ -15,10 +15,12 @@ from torch.nn.functional import leaky_relu_
 
 from esl_fast.reference.region_word import EPS, SLOPE
 
-# Images whose regions are copied at a time, words multiplied at a time, words reduced at a time (these fit the cache).
-BLOCK_IMAGES = 64
-BLOCK_WORDS = 384
-BLOCK_REDUCED = 128
+# Regions copied at a time, words multiplied with them at a time, products reduced at a time (these fit the cache).
+BLOCK_REGIONS = 3500
+BLOCK_WORDS = 768
+BLOCK_REDUCED = 400_000
+# Up to this inverse temperature no exponential of it overflows or vanishes: what it multiplies is in -1..1.
+MILD = 60.0
 
 
 class Segment(NamedTuple):
@@ -35,30 +37,30 @@ class WordBlock(NamedTuple):
     segments: list[Segment]
 
 
-def word_blocks(lengths: Tensor) -> list[WordBlock]:
-    """Cut captions, sorted by length, into blocks of about BLOCK_WORDS real words."""
+def word_blocks(lengths: Tensor, regions: int) -> list[WordBlock]:
+    """Cut captions, sorted by length, into blocks of nearly equal size, of about BLOCK_WORDS real words.
+
+    Each is in segments whose products with `regions` are BLOCK_REDUCED at most, or of one caption.
+    """
     device, lengths = lengths.device, lengths.cpu()
     order = lengths.argsort(stable=True)
-    distinct, counts = torch.unique_consecutive(lengths[order], return_counts=True)
-    blocks, segments, rows = [], [], 0
-    for length, same in zip(distinct.tolist(), order.split(counts.tolist()), strict=True):
-        for captions in same.split(max(1, BLOCK_REDUCED // length)):
-            words = len(captions) * length
-            if segments and rows + words > BLOCK_WORDS:
-                blocks.append(_word_block(segments, device))
-                segments, rows = [], 0
-            segments.append(Segment(slice(rows, rows + words), captions, length))
-            rows += words
-    if segments:
-        blocks.append(_word_block(segments, device))
+    lengths = lengths[order]
+    ends = lengths.cumsum(0)
+    total = int(ends[-1]) if len(ends) else 0
+    captions = order.repeat_interleave(lengths).to(device)
+    positions = (torch.arange(total) - (ends - lengths).repeat_interleave(lengths)).to(device)
+    size = total / max(1, round(total / BLOCK_WORDS))
+    reduced = min(BLOCK_WORDS, BLOCK_REDUCED // max(regions, 1))
+    distinct, counts = torch.unique_consecutive(lengths, return_counts=True)
+    blocks, segments, start, stop = [], [], 0, 0
+    for length, same in zip(distinct.tolist(), order.to(device).split(counts.tolist()), strict=True):
+        for some in same.split(max(1, reduced // length)):
+            segments.append(Segment(slice(stop - start, stop - start + len(some) * length), some, length))
+            stop += len(some) * length
+            if stop - start >= size or stop == total:
+                blocks.append(WordBlock(captions[start:stop], positions[start:stop], segments))
+                segments, start = [], stop
     return blocks
-
-
-def _word_block(segments: list[Segment], device: torch.device) -> WordBlock:
-    captions = torch.cat([s.captions.repeat_interleave(s.length) for s in segments])
-    positions = torch.cat([torch.arange(s.length).repeat(len(s.captions)) for s in segments])
-    segments = [s._replace(captions=s.captions.to(device)) for s in segments]
-    return WordBlock(captions.to(device), positions.to(device), segments)
 
 
 def _take(units: Tensor, first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
@@ -96,6 +98,33 @@ class ImageBlock:
         return block[rows].view(-1, length, self.regions, self.n)
 
 
+class Reduction:
+    """Products `a (k, W, R, n)` to similarities `(k, n)`, in buffers that the next block overwrites."""
+
+    def __init__(self, images: ImageBlock, smooth: float, rows: int):
+        self.images, self.smooth = images, smooth
+        self.b, self.free = (images.units.new_empty(rows * images.units.shape[0]) for _ in range(2))
+
+    def __call__(self, a: Tensor) -> Tensor:
+        b, free = self.b[: a.numel()].view(a.shape), self.free[: a.numel()].view(a.shape)
+        leaky_relu_(torch.tanh(a, out=b), SLOPE)
+        square = torch.mul(b, b, out=free)
+        over_words, over_regions = square.sum(1, keepdim=True).sqrt_(), square.sum(2, keepdim=True).sqrt_()
+
+        def attended(norm: Tensor, dim: int) -> Tensor:
+            """The mean of a over `dim`, weighted by attention."""
+            weights = torch.mul(b, norm.add_(EPS).reciprocal_().mul_(self.smooth), out=free)
+            if dim == 2 and self.images.padding is not None:
+                weights.masked_fill_(self.images.padding, -torch.inf)
+            if not abs(self.smooth) <= MILD:
+                weights.sub_(weights.amax(dim, keepdim=True))
+            total = weights.exp_().sum(dim)
+            return weights.mul_(a).sum(dim).div_(total)
+
+        to_regions = attended(over_words, 2).sum(1).div_(a.shape[1])
+        return to_regions.add_(attended(over_regions, 1).sum(1).div_(self.images.count))
+
+
 class Attention:
     """Both attentions of products `a (k, W, R, n)`, in buffers that the next block overwrites."""
 
@@ -117,14 +146,6 @@ class Attention:
             self.p.masked_fill_(self.images.padding, -torch.inf)
         torch.softmax(self.p, 2, out=self.p)
         torch.softmax(self.q, 1, out=self.q)
-
-    def similarity(self) -> Tensor:
-        """`(k, n)`; uses up p and q."""
-        length, count = self.a.shape[1], self.images.count
-        if isinstance(count, Tensor):
-            self.q.mul_(length / count)
-        total = torch.add(self.p, self.q, alpha=1 if isinstance(count, Tensor) else length / count, out=self.p)
-        return total.mul_(self.a).sum((1, 2)).div_(length)
 
     def gradient(self, grad: Tensor, smooth: Tensor) -> Tensor:
         """Overwrite `a` by its gradient, given that of the similarity, `grad (k, n)`; returns that of smooth."""
@@ -152,16 +173,18 @@ class Attention:
 
 def _prepare(region_units: Tensor, word_units: Tensor, smooth: Tensor, word_lengths: Tensor):
     compute = torch.promote_types(torch.promote_types(region_units.dtype, word_units.dtype), torch.float32)
-    blocks = word_blocks(word_lengths)
+    slices = image_slices(*region_units.shape[:2])
+    blocks = word_blocks(word_lengths, max((s.stop - s.start for s in slices), default=0) * region_units.shape[1])
     largest_product = max((len(block.captions) for block in blocks), default=0)
     largest_segment = max((s.rows.stop - s.rows.start for block in blocks for s in block.segments), default=0)
-    return compute, smooth.to(compute), blocks, largest_product, largest_segment, image_slices(region_units.shape[0])
+    return compute, smooth.to(compute), blocks, largest_product, largest_segment, slices
 
 
-def image_slices(n: int) -> list[slice]:
-    """Blocks of nearly equal size, whose columns fill whole vectors where there are many."""
-    size = -(-n // max(1, round(n / BLOCK_IMAGES)))
-    size = -(-size // 16) * 16 if n > 2 * BLOCK_IMAGES else size
+def image_slices(n: int, regions: int) -> list[slice]:
+    """Blocks of nearly equal size, of about BLOCK_REGIONS regions; where there are many, columns fill whole vectors."""
+    count = min(n, max(1, round(n * regions / BLOCK_REGIONS)))
+    size = -(-n // max(1, count))
+    size = -(-size // 16) * 16 if count > 2 and size > 16 else size
     return [slice(start, min(start + size, n)) for start in range(0, n, max(size, 1))]
 
 
@@ -173,16 +196,19 @@ def _forward(
         region_units, word_units, smooth, word_lengths
     )
     out = region_units.new_empty(region_units.shape[0], word_units.shape[0], dtype=compute)
-    for images_slice in slices:
-        images = ImageBlock(region_units, region_lengths, images_slice, compute)
+
+    def score(images: ImageBlock) -> None:
+        """Fill the rows of some images; in a function, so that nothing of them is kept while the next are copied."""
         products = images.units.new_empty(product_rows, images.units.shape[0])
-        attention = Attention(images, reduced_rows)
+        reduction = Reduction(images, float(smooth), reduced_rows)
         for block in blocks:
-            words = _take(word_units, block.captions, block.positions, compute)
-            a = torch.mm(words, images.units.mT, out=products[: len(words)])
+            a = products[: len(block.captions)]
+            torch.mm(_take(word_units, block.captions, block.positions, compute), images.units.mT, out=a)
             for rows, captions, length in block.segments:
-                attention(images.rows(a, rows, length), smooth)
-                out[images.images, captions] = attention.similarity().mT
+                out[images.images, captions] = reduction(images.rows(a, rows, length)).mT
+
+    for images_slice in slices:
+        score(ImageBlock(region_units, region_lengths, images_slice, compute))
     return out
 
 
@@ -264,7 +290,7 @@ def region_word_similarity(
 ) -> Tensor:
     """As :func:`esl_fast.reference.region_word.region_word_similarity`, in at least float32; `smooth` is 0-d.
 
-    Beyond inputs, output and gradients it needs about 30 MB (36 regions, 1,022 units) however many images and
+    Beyond inputs, output and gradients it needs about 45 MB (36 regions, 1,022 units) however many images and
     captions there are.
     """
     return _forward(region_units, word_units, smooth, word_lengths, region_lengths)
