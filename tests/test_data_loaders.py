@@ -161,6 +161,65 @@ def test_regions_without_dev(tmp_path):
     assert (len(data.train), len(data.val)) == (18, 2)
 
 
+@pytest.mark.parametrize("only", ["train", "val", "test"])
+@pytest.mark.parametrize("name", ["karpathy", "flickr30k", "coco", "features"])
+def test_only_the_split_asked_for_need_be_there(tmp_path, name, only):
+    file, folder = f"dataset_{name}.json", "train2014" if name == "coco" else "images"
+    entries = [entry(f"{i}.jpg", split) for i, split in enumerate(["train", "train", "val", "test", "test"])]
+    make_karpathy(tmp_path, entries, folder, file)
+    np.save(tmp_path / "x.npy", np.arange(10, dtype=np.float32).reshape(5, 2))
+    whole = getattr(load_dataset(name, tmp_path), only)
+    for item in entries:
+        if item["split"] != only:
+            (tmp_path / folder / item["filename"]).unlink()
+    # With entries of other splits, whose images are missing, and without (train without val would be cut in two).
+    for kept in (entries, [item for item in entries if item["split"] in (only, "val")]):
+        if name != "features":
+            write_json(tmp_path / file, kept)
+        data = load_dataset(name, tmp_path, only=only)
+        split = getattr(data, only)
+        assert (split.image_ids, split.captions) == (whole.image_ids, whole.captions)
+        np.testing.assert_array_equal(split.images[0], whole.images[0])
+        assert [getattr(data, other) for other in {"train", "val", "test"} - {only}] == [None, None]
+
+
+@pytest.mark.parametrize(("only", "files"), [("train", ["train", "dev"]), ("val", ["dev"]), ("test", ["testall"])])
+@pytest.mark.parametrize("layout", ["coco", "regions"])
+def test_only_the_files_of_one_split(tmp_path, layout, only, files):
+    if layout == "regions":
+        make_regions(tmp_path, dict.fromkeys(files, 3))
+    else:
+        make_coco_files(tmp_path)
+        for other in {"train", "dev", "testall"} - set(files):
+            (tmp_path / f"{other}_coco.json").unlink()
+    data = load_dataset(layout, tmp_path, only=only)
+    assert len(getattr(data, only)) >= 1
+    assert [getattr(data, other) for other in {"train", "val", "test"} - {only}] == [None, None]
+    with pytest.raises(DataError, match=r"train_ims.npy|test_ims.npy|expected dataset_coco.json"):
+        load_dataset(layout, tmp_path)
+
+
+def test_a_val_set_aside_is_the_same_alone(tmp_path):
+    make_karpathy(tmp_path, [entry(f"{i}.jpg", "test" if i > 19 else "train") for i in range(25)])
+    with pytest.warns(UserWarning, match="no val split"):
+        whole = load_dataset("karpathy", tmp_path)
+    for only in ("train", "val"):
+        with pytest.warns(UserWarning, match="no val split"):
+            data = load_dataset("karpathy", tmp_path, only=only)
+        assert getattr(data, only).image_ids == getattr(whole, only).image_ids
+    assert load_dataset("karpathy", tmp_path, only="test").test.image_ids == whole.test.image_ids
+
+
+@pytest.mark.parametrize(
+    ("only", "there", "missing"), [(None, "test", "train"), (None, "train", "test"), ("test", "train", "test"),
+    ("train", "test", "train"), ("train", "val", "train"), ("val", "test", "train")],
+)  # fmt: skip
+def test_a_split_that_is_needed_is_named(tmp_path, only, there, missing):
+    make_karpathy(tmp_path, [entry(f"{i}.jpg", there) for i in range(4)])
+    with pytest.raises(DataError, match=f"no usable image in its {missing} split"):
+        load_dataset("karpathy", tmp_path, only=only)
+
+
 def drop(key):
     return lambda images: images[1].pop(key)
 
@@ -236,12 +295,6 @@ def test_same_image_in_two_files(tmp_path):
     (tmp_path / "dev_coco.json").write_text((tmp_path / "testall_coco.json").read_text())
     with pytest.raises(DataError, match=r"2 images are in both 'val' and 'test', among them 'COCO_val2014_4.jpg'"):
         load_dataset("coco", tmp_path)
-
-
-def test_missing_test_split(tmp_path):
-    make_karpathy(tmp_path, [entry(f"{i}.jpg", "train") for i in range(4)])
-    with pytest.raises(DataError, match="no usable image in its test split"):
-        load_dataset("karpathy", tmp_path)
 
 
 def test_damaged_images_are_met_when_read_or_skipped_at_load(tmp_path):
@@ -375,5 +428,7 @@ def test_arguments(tmp_path):
         load_dataset("imagenet")
     with pytest.raises(DataError, match="on_error must be 'raise' or 'skip', got 'ignore'"):
         load_dataset("coco", tmp_path, on_error="ignore")
+    with pytest.raises(DataError, match="only must be None or one of train, val, test, got 'dev'"):
+        load_dataset("coco", tmp_path, only="dev")
     with pytest.raises(DataError, match="'synthetic' takes no root; it takes seed, size"):
         load_dataset("synthetic", tmp_path)

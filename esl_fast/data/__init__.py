@@ -9,7 +9,7 @@ from .coco import load_coco
 from .features import load_features
 from .karpathy import load_flickr30k, load_karpathy
 from .pairs import EpochSampler, ImageDataset, PairDataset
-from .records import OnError
+from .records import SPLITS, OnError
 from .regions import load_regions
 from .split import DataError, DataSet, Split
 from .synthetic import load_synthetic
@@ -48,6 +48,7 @@ def load_dataset(
     seed: int = 0,
     size: tuple[int, int, int] | None = None,
     image_size: int | None = None,
+    only: str | None = None,
 ) -> DataSet:
     """Load a data set by name.
 
@@ -63,6 +64,7 @@ def load_dataset(
         seed: of the drawn images (synthetic), and of the val split set aside from train where there is none.
         size: number of train, val and test images (synthetic).
         image_size: side of the images in pixels (synthetic).
+        only: "train", "val" or "test": of a set on disk only this split is read, and need be there.
 
     Raises:
         DataError: naming the file, the record, what was found and what is accepted.
@@ -71,6 +73,8 @@ def load_dataset(
         raise DataError(f"unknown data set '{name}'; known are {', '.join(LOADERS)}")
     if on_error not in ("raise", "skip"):
         raise DataError(f"on_error must be 'raise' or 'skip', got '{on_error}'")
+    if only not in (None, *SPLITS):
+        raise DataError(f"only must be None or one of {', '.join(SPLITS)}, got '{only}'")
     options: dict[str, Any] = {
         "root": root,
         "image_root": image_root,
@@ -86,6 +90,5 @@ def load_dataset(
     unused = [option for option in given if option not in accepted]
     if unused:
         raise DataError(f"data set '{name}' takes no {', '.join(unused)}; it takes {', '.join(accepted)}")
-    if "on_error" in accepted:
-        given["on_error"] = on_error
+    given |= {name: value for name, value in (("on_error", on_error), ("only", only)) if name in accepted}
     return loader(seed=seed, **given)

@@ -5,7 +5,17 @@ from pathlib import Path
 
 from .images import FolderIndex, ImageFiles
 from .karpathy import clean_plain
-from .records import OnError, Problems, assemble, existing_file, existing_folder, read_entries, read_records
+from .records import (
+    OnError,
+    Problems,
+    assemble,
+    existing_file,
+    existing_folder,
+    needed_splits,
+    read_entries,
+    read_records,
+    splits_of,
+)
 from .split import DataError, DataSet
 
 FILE_OF = {"train": "train_coco.json", "val": "dev_coco.json", "test": "testall_coco.json"}
@@ -18,6 +28,7 @@ def load_coco(
     image_root: str | Path | None = None,
     on_error: OnError = "raise",
     seed: int = 0,
+    only: str | None = None,
 ) -> DataSet:
     """MS-COCO with Karpathy's splits; `restval` counts as train. All captions of an image are kept.
 
@@ -35,25 +46,25 @@ def load_coco(
     else:
         image_root = source if source.is_dir() else source.parent
     problems = Problems(on_error)
+    single = source if not source.is_dir() else source / "dataset_coco.json"
     records = []
-    for path, name_key, split in _annotation_files(source):
-        locate = _locator(image_root, name_key)
-        entries = read_entries(path)
-        records += read_records(
-            path, entries, problems, clean=clean_plain, locate=locate, name_key=name_key, split=split
-        )
-    return assemble("coco", records, lambda _, paths: ImageFiles(paths), problems, seed)
-
-
-def _annotation_files(source: Path) -> list[tuple[Path, str, str | None]]:
-    if not source.is_dir():
-        return [(existing_file(source), "filename", None)]
-    if (source / "dataset_coco.json").is_file():
-        return [(source / "dataset_coco.json", "filename", None)]
-    files = {split: source / name for split, name in FILE_OF.items() if (source / name).is_file()}
-    if "train" not in files or "test" not in files:
-        raise DataError(f"{source}: expected dataset_coco.json, or {', '.join(FILE_OF.values())}; found neither")
-    return [(path, "file_name", split) for split, path in files.items()]
+    if single == source or single.is_file():
+        entries = read_entries(existing_file(single))
+        needed = needed_splits(only, splits_of(entries))
+        locate = _locator(image_root, "filename")
+        records += read_records(single, entries, problems, clean=clean_plain, locate=locate, splits=needed)
+    else:
+        files = {split: source / name for split, name in FILE_OF.items() if (source / name).is_file()}
+        needed = needed_splits(only, files)
+        if any(split not in files for split in needed if split != "val"):
+            names = ", ".join(FILE_OF[split] for split in needed)
+            raise DataError(f"{source}: expected dataset_coco.json, or {names}; found neither")
+        for split in needed:
+            if split in files:
+                entries, locate = read_entries(files[split]), _locator(image_root, "file_name")
+                options = {"name_key": "file_name", "split": split}
+                records += read_records(files[split], entries, problems, clean=clean_plain, locate=locate, **options)
+    return assemble("coco", records, lambda _, paths: ImageFiles(paths), problems, seed, needed=needed)
 
 
 def _locator(image_root: Path, name_key: str) -> Callable[[int, dict], Path]:

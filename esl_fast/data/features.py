@@ -11,8 +11,10 @@ from .records import (
     existing_folder,
     find_annotations,
     find_only,
+    needed_splits,
     read_entries,
     read_records,
+    splits_of,
 )
 from .split import DataError, DataSet, Subset
 
@@ -24,6 +26,7 @@ def load_features(
     features: str | Path | None = None,
     on_error: OnError = "raise",
     seed: int = 0,
+    only: str | None = None,
 ) -> DataSet:
     """Pooled features (N, F), row i of the .npy belonging to the i-th entry of `images`; memory-mapped.
 
@@ -37,13 +40,15 @@ def load_features(
     if len(array) != len(entries):
         raise DataError(f"{array.path}: {len(array)} rows, but {path} has {len(entries)} images; they must agree")
     problems = Problems(on_error)
-    records = read_records(path, entries, problems, clean=clean_plain, locate=lambda row, _: row)
+    needed = needed_splits(only, splits_of(entries))
+    records = read_records(path, entries, problems, clean=clean_plain, locate=lambda row, _: row, splits=needed)
     return assemble(
         "features",
         records,
         lambda _, rows: Subset(array, rows),
         problems,
         seed,
+        needed=needed,
         image_kind="features",
         feature_dim=array.feature_dim,
     )

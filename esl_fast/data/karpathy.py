@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from .images import FolderIndex, ImageFiles
-from .records import OnError, Problems, assemble, existing_folder, find_annotations, read_entries, read_records
+from .records import (
+    OnError,
+    Problems,
+    assemble,
+    existing_folder,
+    find_annotations,
+    needed_splits,
+    read_entries,
+    read_records,
+    splits_of,
+)
 from .split import DataError, DataSet
 
 
@@ -27,13 +37,14 @@ def load_flickr30k(
     image_root: str | Path | None = None,
     on_error: OnError = "raise",
     seed: int = 0,
+    only: str | None = None,
 ) -> DataSet:
     """Flickr30K: `dataset_flickr30k.json` in `root`, or the file `annotations`, and a folder of JPEGs.
 
     The images lie in `image_root`, or else in `root` or its folder flickr30k-images, flickr30k_images or images.
     """
     path = find_annotations(annotations, root, "dataset_flickr30k.json")
-    return _load("flickr30k", path, root, image_root, clean_flickr30k, on_error, seed)
+    return _load("flickr30k", path, root, image_root, clean_flickr30k, on_error, seed, only)
 
 
 def load_karpathy(
@@ -43,10 +54,11 @@ def load_karpathy(
     image_root: str | Path | None = None,
     on_error: OnError = "raise",
     seed: int = 0,
+    only: str | None = None,
 ) -> DataSet:
     """Any Karpathy file: the only `dataset*.json` in `root`, or the file `annotations`. Images as in Flickr30K."""
     path = find_annotations(annotations, root, "dataset*.json")
-    return _load("karpathy", path, root, image_root, clean_plain, on_error, seed)
+    return _load("karpathy", path, root, image_root, clean_plain, on_error, seed, only)
 
 
 def _load(
@@ -57,6 +69,7 @@ def _load(
     clean: Callable[[str], str],
     on_error: OnError,
     seed: int,
+    only: str | None,
 ) -> DataSet:
     entries = read_entries(path)
     index = FolderIndex()
@@ -69,8 +82,9 @@ def _load(
         return file
 
     problems = Problems(on_error)
-    records = read_records(path, entries, problems, clean=clean, locate=locate)
-    return assemble(name, records, lambda _, paths: ImageFiles(paths), problems, seed)
+    needed = needed_splits(only, splits_of(entries))
+    records = read_records(path, entries, problems, clean=clean, locate=locate, splits=needed)
+    return assemble(name, records, lambda _, paths: ImageFiles(paths), problems, seed, needed=needed)
 
 
 def _relative_path(entry: dict) -> Path:

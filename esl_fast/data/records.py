@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -14,6 +14,7 @@ from .split import DataError, DataSet, ImageKind, Images, Split, Subset, carve_v
 
 OnError = Literal["raise", "skip"]
 
+SPLITS = ("train", "val", "test")
 SPLIT_OF = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 
 
@@ -86,6 +87,19 @@ def find_only(folder: Path, pattern: str, argument: str) -> Path:
     return found[0]
 
 
+def needed_splits(only: str | None, present: Collection[str]) -> tuple[str, ...]:
+    """The splits to read so that `only` (None: all) can be made of those present: a missing val is a part of train."""
+    if only is None:
+        return SPLITS
+    return (only,) if only == "test" or "val" in present else ("train", "val")
+
+
+def splits_of(entries: list[Any]) -> set[str]:
+    """The splits that the entries of an annotation file name."""
+    given = (entry.get("split") for entry in entries if isinstance(entry, dict))
+    return {SPLIT_OF[name] for name in given if isinstance(name, str) and name in SPLIT_OF}
+
+
 def read_entries(path: Path) -> list[Any]:
     """The list under "images" of an annotation file, its entries not checked yet."""
     try:
@@ -106,10 +120,11 @@ def read_records(
     *,
     clean: Callable[[str], str],
     locate: Callable[[int, dict], Any],
+    splits: Collection[str] = SPLITS,
     name_key: str = "filename",
     split: str | None = None,
 ) -> list[Record]:
-    """Check the entries of `path` and turn them into records.
+    """Check the entries of `path` that belong to some splits and turn them into records.
 
     Args:
         path: the annotation file, for messages.
@@ -117,6 +132,7 @@ def read_records(
         problems: decides what becomes of an entry that cannot be used.
         clean: applied to each raw caption.
         locate: (index, entry) -> source of the image; raises DataError where there is none.
+        splits: entries of others are passed over.
         name_key: the key that holds the file name.
         split: the split of all entries; None takes it from each entry's key "split".
     """
@@ -134,6 +150,8 @@ def read_records(
             given = split or _required(entry, "split", str, where)
             if given not in SPLIT_OF:
                 raise DataError(f"{where}: split '{given}' is not one of {', '.join(SPLIT_OF)}")
+            if SPLIT_OF[given] not in splits:
+                continue
             sentences = _required(entry, "sentences", list, where)
             captions = clean_captions(
                 ((f"{where}, sentence {j}", sentence) for j, sentence in enumerate(sentences)),
@@ -181,16 +199,17 @@ def assemble(
     problems: Problems,
     seed: int,
     *,
+    needed: Collection[str] = SPLITS,
     image_kind: ImageKind = "pixels",
     feature_dim: int | None = None,
 ) -> DataSet:
-    """Group records into splits; `open_images(split, sources)` gives the images of one.
+    """Group records into the splits `needed`; `open_images(split, sources)` gives the images of one.
 
     Under "skip" every image is read once, so that those which cannot be decoded are left out too.
-    A missing val split is set aside from train; a missing train or test split is a DataError.
+    Where train is needed, a missing val split is set aside from it; another missing split is a DataError.
     """
     splits = {}
-    for split in ("train", "val", "test"):
+    for split in needed:
         chosen = [record for record in records if record.split == split]
         images = open_images(split, [record.source for record in chosen])
         if problems.skip:
@@ -199,12 +218,13 @@ def assemble(
         if chosen:
             captions = [record.captions for record in chosen]
             splits[split] = Split.from_lists(split, images, captions, [record.image_id for record in chosen])
-        elif split != "val":
+        elif split != "val" or "train" not in needed:
             raise DataError(f"data set '{name}' has no usable image in its {split} split; {problems}")
-    if "val" not in splits:
+    if "val" in needed and "val" not in splits:
         splits["train"], splits["val"] = carve_validation(splits["train"], seed)
     if problems.skipped:
         warnings.warn(f"data set '{name}': {problems}", stacklevel=2)
+    splits = dict.fromkeys(SPLITS) | splits
     return DataSet(name, **splits, image_kind=image_kind, feature_dim=feature_dim, skipped=problems.skipped)
 
 

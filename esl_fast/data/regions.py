@@ -6,29 +6,43 @@ import numpy as np
 
 from .images import MappedArray
 from .karpathy import clean_plain
-from .records import OnError, Problems, Record, assemble, clean_captions, existing_file, existing_folder
+from .records import (
+    OnError,
+    Problems,
+    Record,
+    assemble,
+    clean_captions,
+    existing_file,
+    existing_folder,
+    needed_splits,
+)
 from .split import DataError, DataSet, Subset
 
 CAPTIONS_PER_IMAGE = 5
 
 
-def load_regions(root: str | Path | None = None, *, on_error: OnError = "raise", seed: int = 0) -> DataSet:
+def load_regions(
+    root: str | Path | None = None, *, on_error: OnError = "raise", seed: int = 0, only: str | None = None
+) -> DataSet:
     """Region features (N, R, F), memory-mapped, with captions in text files; splits train, dev and test.
 
     `testall` is the test split where it is there: COCO's `test` is a part of it. Where `{split}_ims.npy` repeats
     every image for each of its captions, only the first of the five rows is used. `{split}_ids.txt` is optional.
     """
     root = existing_folder(root, "root")
-    files = {"train": "train", "test": "testall" if (root / "testall_ims.npy").is_file() else "test"}
-    if (root / "dev_ims.npy").is_file():
-        files["val"] = "dev"
+    files = {"train": "train", "val": "dev", "test": "testall" if (root / "testall_ims.npy").is_file() else "test"}
+    if not (root / "dev_ims.npy").is_file():
+        del files["val"]
+    needed = needed_splits(only, files)
+    files = {split: prefix for split, prefix in files.items() if split in needed}
     problems = Problems(on_error)
     arrays = {split: MappedArray(root / f"{prefix}_ims.npy", ndim=3) for split, prefix in files.items()}
+    first = next(iter(arrays.values()))
     sizes = {array.path.name: array.feature_dim for array in arrays.values()}
     if len(set(sizes.values())) > 1:
         raise DataError(f"{root}: the feature sizes of the splits differ: {sizes}")
     lines = {split: _read_lines(root / f"{prefix}_caps.txt") for split, prefix in files.items()}
-    if "val" in files and lines["val"] == lines["test"]:
+    if "val" in files and lines["val"] == lines.get("test"):
         raise DataError(f"{root}: dev_caps.txt and {files['test']}_caps.txt are the same; val and test must differ")
     records = []
     for split, prefix in files.items():
@@ -37,11 +51,12 @@ def load_regions(root: str | Path | None = None, *, on_error: OnError = "raise",
         "regions",
         records,
         # a split without a file has no records, so any array serves it
-        lambda split, rows: Subset(arrays.get(split, arrays["train"]), rows),
+        lambda split, rows: Subset(arrays.get(split, first), rows),
         problems,
         seed,
+        needed=needed,
         image_kind="regions",
-        feature_dim=arrays["train"].feature_dim,
+        feature_dim=first.feature_dim,
     )
 
 

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Literal, Protocol
 
 import numpy as np
@@ -93,11 +94,11 @@ class Split:
 
 @dataclass
 class DataSet:
-    """The three splits of one data set; no image is in two of them.
+    """The splits of one data set; no image is in two of them.
 
     Attributes:
         name: as given to `load_dataset`.
-        train, val, test: the splits.
+        train, val, test: the splits; None where only another one was asked for.
         image_kind: "pixels" (pictures), "features" (one vector an image) or "regions" (R vectors an image).
         feature_dim: F of features and regions, None for pixels.
         skipped: records and captions left out because they could not be used (`on_error="skip"`).
@@ -107,21 +108,21 @@ class DataSet:
     """
 
     name: str
-    train: Split
-    val: Split
-    test: Split
+    train: Split | None
+    val: Split | None
+    test: Split | None
     image_kind: ImageKind
     feature_dim: int | None = None
     skipped: int = 0
 
     def __post_init__(self) -> None:
-        splits = (self.train, self.val, self.test)
-        for first, second in ((0, 1), (0, 2), (1, 2)):
-            shared = set(splits[first].image_ids) & set(splits[second].image_ids)
+        splits = [split for split in (self.train, self.val, self.test) if split is not None]
+        for first, second in combinations(splits, 2):
+            shared = set(first.image_ids) & set(second.image_ids)
             if shared:
                 raise DataError(
-                    f"data set '{self.name}': {len(shared)} images are in both '{splits[first].name}' and "
-                    f"'{splits[second].name}', among them '{min(shared)}'; the splits must share no image"
+                    f"data set '{self.name}': {len(shared)} images are in both '{first.name}' and '{second.name}', "
+                    f"among them '{min(shared)}'; the splits must share no image"
                 )
 
 

@@ -29,7 +29,7 @@ class EvaluateConfig:
         annotations: Annotation file, where it is not the usual one under data_root.
         features: .npy file of precomputed image features, where data_root holds more than one.
         on_error: What an unreadable image or record does: raise names it and stops, skip leaves it out and counts.
-        split: train, val or test.
+        split: train, val or test; the others need not be there.
         five_folds: Also average over five folds of 1,000 images (COCO 1K).
         rerank: Two-stage retrieval with a region-word checkpoint: so many candidates of each query are found by a
             global similarity, and only those are sorted by regions and words.
@@ -110,6 +110,7 @@ def run(config: EvaluateConfig) -> int:
         annotations=config.annotations,
         features=config.features,
         on_error=config.on_error,
+        only=config.split,
     )
     result = evaluate(
         [partial(load, path) for path in config.checkpoint],
