@@ -1,6 +1,6 @@
 """Similarity heads: from features of both sides to scores."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import islice
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from esl_fast import ops
 from esl_fast.model import official
-from esl_fast.model.parts import Contribution, check_levels, make_aggregator
+from esl_fast.model.parts import Contribution, LevelHead
 from esl_fast.model.region_word import RegionWordHead
 from esl_fast.model.scores import InnerProducts
 
@@ -85,7 +85,7 @@ class Head(nn.Module):
         )
 
 
-class ESLHead(Head):
+class ESLHead(LevelHead, Head):
     """ESL over one embedding an image and one a caption (the global variant).
 
     ``S[i, j] = (1 / (L+1)) * sum_k degree_k * x_k(i)^T D_k y_k(j)`` over levels k = 0..L.
@@ -100,16 +100,11 @@ class ESLHead(Head):
         ValueError: sizes that leave a level without units.
     """
 
-    def __init__(
-        self, embed_dim: int, kernel_size: int = 2, num_levels: int = 8, aggregator: str = "heuristic"
-    ) -> None:
-        super().__init__()
-        self.dims = check_levels(embed_dim, kernel_size, num_levels, aggregator)
-        self.embed_dim, self.kernel_size, self.num_levels = embed_dim, kernel_size, num_levels
-        self.aggregator = aggregator
-        self.image = make_aggregator(aggregator, self.dims, kernel_size, "image", normalize=True)
-        self.text = make_aggregator(aggregator, self.dims, kernel_size, "text", normalize=True)
-        self.contribution = Contribution(self.dims)
+    layout = official.GLOBAL
+    normalize = True
+
+    def make_contribution(self) -> Contribution:
+        return Contribution(self.dims)
 
     def image_units(self, x: Tensor) -> Tensor:
         return self.image(x)
@@ -119,10 +114,6 @@ class ESLHead(Head):
 
     def units_of(self, side: str, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         return (self.image if side == "image" else self.text).prepared(dtype)
-
-    def degrees(self) -> Tensor:
-        """Contribution degree of each level ``(L+1,)``."""
-        return self.contribution.degrees()
 
     def fold(self, units: Tensor, side: str) -> Tensor:
         return self.contribution.fold(units, side)
@@ -144,27 +135,6 @@ class ESLHead(Head):
             dropped.append(level)
             total += bounds[level]
         return NarrowedHead(self, [level for level in range(len(bounds)) if level not in dropped], total)
-
-    @classmethod
-    def from_official(cls, state_dict: Mapping[str, Tensor]) -> "ESLHead":
-        """Head from the official code's weights; names with or without ``pool_frames.``, other keys are ignored.
-
-        Aggregator, embedding size and levels follow from the shapes. Raises ValueError naming what is missing.
-        """
-        config, weights = official.read_head(state_dict)
-        head = cls(**config).to(next(iter(weights.values())).dtype)
-        head.load_state_dict(weights)
-        return head
-
-    def to_official(self) -> dict[str, Tensor]:
-        """The head's weights under the official names; :meth:`from_official` restores them exactly."""
-        return official.write_head(self.state_dict(), self.aggregator)
-
-    def extra_repr(self) -> str:
-        return (
-            f"embed_dim={self.embed_dim}, kernel_size={self.kernel_size}, num_levels={self.num_levels}, "
-            f"aggregator={self.aggregator!r}"
-        )
 
 
 class NarrowedHead(Head):

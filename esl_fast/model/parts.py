@@ -1,13 +1,15 @@
-"""The learned parts of an ESL head: one aggregator a modality, one set of contributions."""
+"""What ESL heads are made of: one aggregator a modality, one set of contributions."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from esl_fast import ops
+from esl_fast.model import official
 from esl_fast.reference.aggregate import level_dims
 from esl_fast.reference.contribution import normed_matrix
 
@@ -163,3 +165,50 @@ class NormedContribution(nn.Module):
     def fold(self, units: Tensor, side: str) -> Tensor:
         """Fold ``units``; ``side="image"`` is what stands on the left of D."""
         return ops.fold(units, self.matrices(), self.degrees(), side=side)
+
+
+class LevelHead(nn.Module):
+    """What the global and the region-word head share: sizes, parts, official weights. Arguments as theirs."""
+
+    layout: ClassVar[official.Layout]
+    normalize: ClassVar[bool]  # whether embeddings are divided by their norm first
+
+    def __init__(
+        self, embed_dim: int, kernel_size: int = 2, num_levels: int = 8, aggregator: str = "heuristic"
+    ) -> None:
+        super().__init__()
+        self.dims = check_levels(embed_dim, kernel_size, num_levels, aggregator)
+        self.embed_dim, self.kernel_size, self.num_levels = embed_dim, kernel_size, num_levels
+        self.aggregator = aggregator
+        self.image = make_aggregator(aggregator, self.dims, kernel_size, "image", normalize=self.normalize)
+        self.text = make_aggregator(aggregator, self.dims, kernel_size, "text", normalize=self.normalize)
+        self.contribution = self.make_contribution()
+
+    def make_contribution(self) -> nn.Module:
+        raise NotImplementedError
+
+    def degrees(self) -> Tensor:
+        """Contribution degree of each level ``(L+1,)``."""
+        return self.contribution.degrees()
+
+    @classmethod
+    def from_official(cls, contents: Mapping[str, Any]) -> Self:
+        """Head from the official code's weights: a state dict that holds them, or a whole region-word checkpoint.
+
+        Global names come with or without ``pool_frames.``; other keys are ignored. Aggregator, embedding size and
+        levels follow from the shapes. Raises ValueError naming what is missing.
+        """
+        config, weights = official.read_head(official.similarity_part(contents), cls.layout)
+        head = cls(**config).to(next(iter(weights.values())).dtype)
+        head.load_state_dict(weights)
+        return head
+
+    def to_official(self) -> dict[str, Tensor]:
+        """The head's weights under the official names; :meth:`from_official` restores them exactly."""
+        return official.write_head(self.state_dict(), self.aggregator, self.layout)
+
+    def extra_repr(self) -> str:
+        return (
+            f"embed_dim={self.embed_dim}, kernel_size={self.kernel_size}, num_levels={self.num_levels}, "
+            f"aggregator={self.aggregator!r}"
+        )

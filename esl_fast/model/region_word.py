@@ -1,19 +1,16 @@
 """The region-word head: every word of a caption meets every region of an image."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from esl_fast import ops
 from esl_fast.model import official, sequences
-from esl_fast.model.parts import NormedContribution, check_levels, make_aggregator
+from esl_fast.model.parts import LevelHead, NormedContribution
 from esl_fast.model.scores import RegionWordScores
 from esl_fast.model.sequences import Sequences
 
 
-class RegionWordHead(nn.Module):
+class RegionWordHead(LevelHead):
     """ESL over R vectors an image and W vectors a caption (the region-word variant).
 
     ``a[w, r] = sum_k degree_k * c_k(w)^T D_k v_k(r)`` over levels k = 0..L, reduced to one number an (image, caption)
@@ -30,17 +27,11 @@ class RegionWordHead(nn.Module):
     """
 
     takes_sequences = True
+    layout = official.REGION_WORD
+    normalize = False
 
-    def __init__(
-        self, embed_dim: int, kernel_size: int = 2, num_levels: int = 8, aggregator: str = "heuristic"
-    ) -> None:
-        super().__init__()
-        self.dims = check_levels(embed_dim, kernel_size, num_levels, aggregator)
-        self.embed_dim, self.kernel_size, self.num_levels = embed_dim, kernel_size, num_levels
-        self.aggregator = aggregator
-        self.image = make_aggregator(aggregator, self.dims, kernel_size, "image", normalize=False)
-        self.text = make_aggregator(aggregator, self.dims, kernel_size, "text", normalize=False)
-        self.contribution = NormedContribution(self.dims, sharp=aggregator == "heuristic")
+    def make_contribution(self) -> NormedContribution:
+        return NormedContribution(self.dims, sharp=self.aggregator == "heuristic")
 
     def image_units(self, regions: Tensor) -> Tensor:
         """Units ``(..., U)`` of l2-normalised regions ``(..., d)``."""
@@ -49,10 +40,6 @@ class RegionWordHead(nn.Module):
     def text_units(self, words: Tensor) -> Tensor:
         """Units ``(..., U)`` of l2-normalised words ``(..., d)``."""
         return self.text(words)
-
-    def degrees(self) -> Tensor:
-        """Contribution degree of each level ``(L+1,)``."""
-        return self.contribution.degrees()
 
     def scores(self, regions: Sequences, words: Sequences) -> RegionWordScores:
         """The similarity of l2-normalised regions and words, for whatever consumes it; see :meth:`forward`."""
@@ -86,27 +73,6 @@ class RegionWordHead(nn.Module):
         captions without words, images without regions, and non-finite features.
         """
         return self.scores(Sequences(regions, region_lengths), Sequences(words, word_lengths)).matrix()
-
-    @classmethod
-    def from_official(cls, contents: Mapping[str, Any]) -> "RegionWordHead":
-        """Head from the official code's weights: the similarity's state dict, or a whole checkpoint that holds it.
-
-        Aggregator, embedding size and levels follow from the shapes. Raises ValueError naming what is missing.
-        """
-        config, weights = official.read_head(official.similarity_part(contents), official.REGION_WORD)
-        head = cls(**config).to(next(iter(weights.values())).dtype)
-        head.load_state_dict(weights)
-        return head
-
-    def to_official(self) -> dict[str, Tensor]:
-        """The head's weights under the official names; :meth:`from_official` restores them exactly."""
-        return official.write_head(self.state_dict(), self.aggregator, official.REGION_WORD)
-
-    def extra_repr(self) -> str:
-        return (
-            f"embed_dim={self.embed_dim}, kernel_size={self.kernel_size}, num_levels={self.num_levels}, "
-            f"aggregator={self.aggregator!r}"
-        )
 
 
 def _without_padding(features: Sequences) -> Tensor:
