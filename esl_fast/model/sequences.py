@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from esl_fast.ops import checks, region_word
+from esl_fast.ops import checks
 
 EPS = 1e-8
 
@@ -82,4 +82,4 @@ def check(name: str, features: Sequences, width: int, item: str, parts: str) -> 
         raise ValueError(f"{name} has shape {shape}; expected (n, length, {width}) with a length of at least 1")
     if features.lengths is not None:
         label = {"caption": "word_lengths", "image": "region_lengths"}[item]
-        region_word._check_lengths(label, features.lengths, shape[0], shape[1], item, parts)
+        checks.lengths_of(label, features.lengths, shape[0], shape[1], item, parts)

@@ -60,3 +60,21 @@ def owners_of(owners: Tensor, images: int, captions: int) -> None:
     if owners.device.type == "cpu" and captions and not (int(owners.min()) >= 0 and int(owners.max()) < images):
         given = f"{int(owners.min())}..{int(owners.max())}"
         raise ValueError(f"owners holds {given}; expected image indices 0..{images - 1}")
+
+
+def lengths_of(name: str, lengths: Tensor, count: int, longest: int, item: str, parts: str) -> None:
+    """``lengths (count,)`` integers, how many real ``parts`` each ``item`` has; on a CPU 1 to ``longest``."""
+    if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+        kind = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+        raise TypeError(f"{name} is {kind}; expected an integer tensor ({count},)")
+    if lengths.shape != (count,):
+        raise ValueError(f"{name} has shape {tuple(lengths.shape)}; expected ({count},), one a {item}")
+    if lengths.device.type != "cpu" or torch.compiler.is_compiling() or count == 0:
+        return
+    if int(lengths.min()) < 1:
+        worst = int(lengths.argmin())
+        found = f"no {parts}" if lengths[worst] == 0 else f"{int(lengths[worst])} {parts}"
+        raise ValueError(f"{item} {worst} has {found} ({name}); expected 1..{longest}")
+    if int(lengths.max()) > longest:
+        worst = int(lengths.argmax())
+        raise ValueError(f"{item} {worst} has {int(lengths[worst])} {parts} ({name}); expected 1..{longest}")

@@ -65,7 +65,7 @@ def pack_captions(word_units: Tensor, word_lengths: Tensor) -> "Packing | None":
     Waits once for lengths that lie on a GPU; :func:`region_word_similarity` then need not. None where PyTorch serves,
     which packs as it goes.
     """
-    _check_lengths("word_lengths", word_lengths, word_units.shape[0], word_units.shape[1], "caption", "words")
+    checks.lengths_of("word_lengths", word_lengths, word_units.shape[0], word_units.shape[1], "caption", "words")
     if not _kernel_serves(word_units, word_units):
         return None
     from esl_fast.kernels import region_word as kernel  # Triton is imported only where it is used
@@ -177,24 +177,7 @@ def check_region_word(
         smooth = torch.full((), smooth, dtype=dtype, device=computed_on)
     if smooth.numel() != 1:
         raise ValueError(f"smooth has shape {tuple(smooth.shape)}; expected a scalar")
-    _check_lengths("word_lengths", word_lengths, word_units.shape[0], word_units.shape[1], "caption", "words")
+    checks.lengths_of("word_lengths", word_lengths, word_units.shape[0], word_units.shape[1], "caption", "words")
     if region_lengths is not None:
-        _check_lengths("region_lengths", region_lengths, n, regions, "image", "regions")
+        checks.lengths_of("region_lengths", region_lengths, n, regions, "image", "regions")
     return smooth.reshape(()).to(computed_on)
-
-
-def _check_lengths(name: str, lengths: Tensor, count: int, longest: int, item: str, parts: str) -> None:
-    if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.dtype == torch.bool:
-        kind = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
-        raise TypeError(f"{name} is {kind}; expected an integer tensor ({count},)")
-    if lengths.shape != (count,):
-        raise ValueError(f"{name} has shape {tuple(lengths.shape)}; expected ({count},), one a {item}")
-    if lengths.device.type != "cpu" or torch.compiler.is_compiling() or count == 0:
-        return
-    if int(lengths.min()) < 1:
-        worst = int(lengths.argmin())
-        found = f"no {parts}" if lengths[worst] == 0 else f"{int(lengths[worst])} {parts}"
-        raise ValueError(f"{item} {worst} has {found} ({name}); expected 1..{longest}")
-    if int(lengths.max()) > longest:
-        worst = int(lengths.argmax())
-        raise ValueError(f"{item} {worst} has {int(lengths[worst])} {parts} ({name}); expected 1..{longest}")
