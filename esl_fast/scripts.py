@@ -1,8 +1,12 @@
 """What the command-line scripts share."""
 
+import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
+
+from esl_fast.data import LOADERS, DataSet, load_dataset
 
 
 def reporting_errors(run: Callable[[], int]) -> int:
@@ -20,3 +24,21 @@ def reporting_errors(run: Callable[[], int]) -> int:
 def with_underscores(argv: Sequence[str]) -> list[str]:
     """Options as they are named here: ``--batch-size`` is ``--batch_size``."""
     return [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), arg) for arg in argv]
+
+
+def build_data(config: Any, only: str | None = None) -> DataSet:
+    """The data set, or ``only`` one split of it, that a script's configuration names.
+
+    Raises DataError for what is wrong with it.
+    """
+    if config.data_root is None and "root" in inspect.signature(LOADERS[config.dataset]).parameters:
+        raise ValueError(f"dataset {config.dataset!r} lies on disk: say where with --data-root")
+    return load_dataset(
+        config.dataset,
+        config.data_root,
+        image_root=config.image_root,
+        annotations=config.annotations,
+        features=config.features,
+        on_error=config.on_error,
+        only=only,
+    )

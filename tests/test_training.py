@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from esl_fast import load_checkpoint
+from esl_fast.data import pairs
 from esl_fast.evaluation.main import main as evaluate_main
 from esl_fast.model import checkpoint
 from esl_fast.training import TrainConfig, Trainer, build_data, build_model, main, seed_everything, trainer
@@ -90,6 +91,48 @@ def test_a_run_learns_and_leaves_what_it_promises(features_root, tmp_path, capsy
     again = [f"--checkpoint={run / 'best'}", "--dataset=features", f"--data-root={features_root}", f"--output={output}"]
     assert evaluate_main(again) == 0
     assert json.loads(output.read_text())["metrics"] == result["metrics"]
+
+
+def test_evaluation_needs_no_other_split(features_root, tmp_path, capsys):
+    assert main(options(features_root, tmp_path, "--epochs=1")) == 0
+    rows = np.load(features_root / "image_features.npy")
+    images = json.loads((features_root / "dataset_tiny.json").read_text())["images"]
+    results = {}
+    for root, kept in (("test", range(80, 100)), ("val", range(60, 80)), ("train", range(60))):
+        (tmp_path / root).mkdir()
+        np.save(tmp_path / root / "x.npy", rows[kept])
+        (tmp_path / root / "dataset.json").write_text(json.dumps({"images": [images[i] for i in kept]}))
+    argv = [f"--checkpoint={tmp_path / 'run' / 'best'}", "--dataset=features", f"--output={tmp_path / 'metrics.json'}"]
+    for split in ("test", "val"):
+        for root in (features_root, tmp_path / split):
+            assert evaluate_main([*argv, f"--split={split}", f"--data-root={root}"]) == 0
+            results[split, root] = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
+        assert results[split, features_root] == results[split, tmp_path / split]
+    capsys.readouterr()
+    for given, missing in (("test", "train"), ("val", "train"), ("train", "test")):
+        assert main(options(tmp_path / given, tmp_path, f"--name={given}-only")) == 2
+        assert f"no usable image in its {missing} split" in capsys.readouterr().err
+    for given, missing in (("train", "test"), ("test", "train")):
+        assert evaluate_main([*argv, f"--split={missing}", f"--data-root={tmp_path / given}"]) == 2
+        assert f"no usable image in its {missing} split" in capsys.readouterr().err
+    assert evaluate_main(argv) == 2
+    assert "say where with --data-root" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text_tower", ["bag", "open_clip"])
+def test_training_captions_are_tokenized_once(pictures_root, tmp_path, monkeypatch, text_tower):
+    config = TrainConfig(
+        dataset="karpathy", data_root=str(pictures_root), model=str(pictures_root / "tiny.json"), text_tower=text_tower,
+        num_levels=3,
+    )  # fmt: skip
+    calls, tokenize_all = [], pairs.tokenize_all
+    monkeypatch.setattr(pairs, "tokenize_all", lambda *args: calls.append(1) or tokenize_all(*args))
+    data = build_data(config)
+    (tmp_path / "metrics.jsonl").touch()
+    model = build_model(config, data)
+    trainer = Trainer(config, data, model, tmp_path)
+    assert len(calls) == 1
+    assert torch.equal(trainer.pairs.tokens, model.tokenize(data.train.captions).int())
 
 
 def test_pictures_train_with_an_open_clip_tower(pictures_root, tmp_path):

@@ -66,6 +66,13 @@ def tokenize_all(captions: list[str], tokenize: Callable[[list[str]], Tensor]) -
     return torch.cat(blocks)
 
 
+def tokenized(split: Split, tokenize: Callable[[list[str]], Tensor]) -> Tensor:
+    """Tokens of a split's captions, kept with it: the same tokenizer is not asked twice."""
+    if split.tokenized is None or split.tokenized[0] is not tokenize:
+        split.tokenized = (tokenize, tokenize_all(split.captions, tokenize))
+    return split.tokenized[1]
+
+
 class PairDataset(Dataset):
     """The (image, caption) pairs of a split, one for each caption.
 
@@ -74,7 +81,7 @@ class PairDataset(Dataset):
     Args:
         split: the images and captions.
         image_transform: picture -> tensor, such as open_clip's preprocessing; not used for feature arrays.
-        tokenize: list of n captions -> integer tensor (n, T); called once, on all captions.
+        tokenize: list of n captions -> integer tensor (n, T); see `tokenized`.
         augment: item -> item, called on each access; it must not write into the tensors it is given.
         cache_bytes: see `ImageTensors`.
     """
@@ -88,7 +95,7 @@ class PairDataset(Dataset):
         cache_bytes: int = CACHE_BYTES,
     ):
         self.images = ImageTensors(split.images, image_transform, cache_bytes)
-        self.tokens = tokenize_all(split.captions, tokenize)
+        self.tokens = tokenized(split, tokenize)
         self.owners = split.owners
         self.augment = augment
 

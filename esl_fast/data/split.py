@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Literal, Protocol
 
@@ -48,6 +48,7 @@ class Split:
         captions: M cleaned captions.
         owners: int64 (M,), the image of each caption; non-decreasing, and every image owns at least one caption.
         image_ids: N stable names, for listings.
+        tokenized: a tokenizer and what it made of the captions, once `pairs.tokenized` was asked.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Split:
     captions: list[str]
     owners: np.ndarray
     image_ids: list[str]
+    tokenized: tuple | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.owners = np.asarray(self.owners, dtype=np.int64)

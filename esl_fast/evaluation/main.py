@@ -8,13 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from esl_fast.data import load_dataset
 from esl_fast.evaluation.metrics import chance_rsum
 from esl_fast.evaluation.protocol import evaluate
 from esl_fast.evaluation.report import table
 from esl_fast.model import MatchingModel, load_checkpoint
 from esl_fast.model.towers import pick_device
-from esl_fast.scripts import reporting_errors, with_underscores
+from esl_fast.scripts import build_data, reporting_errors, with_underscores
 
 
 @dataclass
@@ -103,15 +102,7 @@ def run(config: EvaluateConfig) -> int:
     for path in (config.output, config.save_similarity):
         if path is not None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-    data = load_dataset(
-        config.dataset,
-        config.data_root,
-        image_root=config.image_root,
-        annotations=config.annotations,
-        features=config.features,
-        on_error=config.on_error,
-        only=config.split,
-    )
+    data = build_data(config, config.split)
     result = evaluate(
         [partial(load, path) for path in config.checkpoint],
         getattr(data, config.split),

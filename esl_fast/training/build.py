@@ -1,12 +1,11 @@
-"""From a configuration to a data set, a model and a device."""
+"""From a configuration and a data set to a model."""
 
-import inspect
 import random
 
 import torch
 
-from esl_fast.data import LOADERS, DataSet, load_dataset
-from esl_fast.data.pairs import tokenize_all
+from esl_fast.data import DataSet
+from esl_fast.data.pairs import tokenized
 from esl_fast.model import MatchingModel, ModelConfig, sequence_towers, towers
 from esl_fast.training.config import TrainConfig
 
@@ -16,20 +15,6 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
     torch.manual_seed(seed)
     if deterministic:
         torch.use_deterministic_algorithms(True)
-
-
-def build_data(config: TrainConfig) -> DataSet:
-    """The data set that a configuration names; raises DataError for what is wrong with it."""
-    if config.data_root is None and "root" in inspect.signature(LOADERS[config.dataset]).parameters:
-        raise ValueError(f"dataset {config.dataset!r} lies on disk: say where with --data-root")
-    return load_dataset(
-        config.dataset,
-        config.data_root,
-        image_root=config.image_root,
-        annotations=config.annotations,
-        features=config.features,
-        on_error=config.on_error,
-    )
 
 
 def build_model(config: TrainConfig, data: DataSet) -> MatchingModel:
@@ -44,8 +29,7 @@ def build_model(config: TrainConfig, data: DataSet) -> MatchingModel:
         bert, has_weights = sequence_towers.read_bert(config.bert)
         bert_weights = config.bert if has_weights else None
     if config.text_tower in ("bag", "words"):
-        tokens = tokenize_all(data.train.captions, towers.make_tokenizer(clip))
-        vocabulary = towers.BagOfTokens.vocabulary_of(tokens)
+        vocabulary = towers.BagOfTokens.vocabulary_of(tokenized(data.train, towers.make_tokenizer(clip)))
         bag_size = len(vocabulary) + 2
     model = MatchingModel(
         ModelConfig(

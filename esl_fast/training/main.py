@@ -8,8 +8,8 @@ from datetime import datetime
 
 from esl_fast.evaluation import chance_rsum, table
 from esl_fast.model.towers import pick_device
-from esl_fast.scripts import reporting_errors
-from esl_fast.training.build import build_data, build_model, seed_everything
+from esl_fast.scripts import build_data, reporting_errors
+from esl_fast.training.build import build_model, seed_everything
 from esl_fast.training.config import TrainConfig, parse
 from esl_fast.training.runs import RESULTS, create_run, draw_curves, find_run
 from esl_fast.training.trainer import Interrupted, Trainer
