@@ -5,8 +5,8 @@ down columns and keeps what it counts for them in registers, each thread for its
 atomic each and tile. Counts are integers, so adding them atomically is deterministic.
 
 Paper: 2 N M U FLOP and (N + M) U read. COCO 5K (5,000 x 25,000 x 1,022, bf16): 255 GFLOP, 323 us at 790 TFLOP/s, and
-61 MB, 13 us at 4.8 TB/s: bound by arithmetic. On top of its 16,384 cycles of wgmma a tile of 128 x 256 takes some 6
-instructions a score, 1,536 cycles.
+61 MB, 13 us at 4.8 TB/s: bound by arithmetic. On top of its 16,384 cycles of wgmma a tile of 256 x 128 takes some 10
+instructions a score, 2,560 cycles that nothing overlaps. Measured on an H200: 415 us, and 30 us for the positives.
 """
 
 import torch
