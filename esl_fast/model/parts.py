@@ -192,13 +192,13 @@ class LevelHead(nn.Module):
         return self.contribution.degrees()
 
     @classmethod
-    def from_official(cls, contents: Mapping[str, Any]) -> Self:
+    def from_official(cls, state_dict: Mapping[str, Any]) -> Self:
         """Head from the official code's weights: a state dict that holds them, or a whole region-word checkpoint.
 
         Global names come with or without ``pool_frames.``; other keys are ignored. Aggregator, embedding size and
         levels follow from the shapes. Raises ValueError naming what is missing.
         """
-        config, weights = official.read_head(official.similarity_part(contents), cls.layout)
+        config, weights = official.read_head(official.similarity_part(state_dict), cls.layout)
         head = cls(**config).to(next(iter(weights.values())).dtype)
         head.load_state_dict(weights)
         return head
