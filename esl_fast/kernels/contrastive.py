@@ -476,8 +476,8 @@ def contrastive_forward(
             weights = torch.full((2,), 1 / n, dtype=torch.float32, device=device)
         totals = bad = torch.ones(1, dtype=torch.float32, device=device)
         if n * m >= CENTERED_FROM:
-            zeros = torch.zeros(col_groups * n + 1, dtype=torch.float32, device=device)
-            row_sums, bad = zeros[1:], zeros[:1]
+            zeros = torch.zeros(4 + col_groups * n, dtype=torch.float32, device=device)
+            bad, row_sums = zeros[:1], zeros[4:]  # both aligned
             col_sums, totals = empty(row_groups, m), empty(n + m)
             _sums_kernel[(row_groups * col_groups,)](
                 *plan.operands, logit_scale, guess, image_ids, text_ids, row_sums, col_sums, row_positives,

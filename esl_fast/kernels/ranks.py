@@ -41,7 +41,10 @@ def _below(score, bar):
     return ((score - bar).to(tl.uint32, bitcast=True) >> 31).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["n", "m", "units", "row_groups", "col_groups"])
+@triton.jit(
+    do_not_specialize=["n", "m", "units", "row_groups", "col_groups"],
+    do_not_specialize_on_alignment=["col_counts"],  # it lies behind the rows' counts, however many these are
+)
 def _count_kernel(
     a, b, row_bars, col_bars, row_counts, col_counts, n, m, units, a_row, a_unit, b_row, b_unit, row_groups, col_groups,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr,

@@ -13,7 +13,7 @@ CHAINS = ("normalized", "raw")
 
 
 class SelectionCache:
-    """Keeps what :func:`aggregate` selected from adaptive weights until one of them changes in place.
+    """Keeps what was made of an aggregator's weights until one of them changes in place.
 
     A change shows in the weight's version. One that goes around it (``weight.data``) is seen on a CPU, where the values
     are compared as well; on a GPU that would need a synchronisation, and :meth:`clear` is the caller's.
