@@ -396,6 +396,18 @@ def test_non_finite_features_are_named(aggregator, value, grad):
             head.text_units(bad)
 
 
+@pytest.mark.parametrize("make", [random_head, lambda _: CosineHead(64), lambda a: random_head(a).narrowed(0.5)])
+@either
+@torch.no_grad()
+def test_non_finite_features_are_named_by_every_head(make, aggregator):
+    head, bad, more = make(aggregator), torch.randn(40, 64), torch.randn(90, 64)
+    bad[[0, 17], [0, 63]] = torch.inf
+    for images, texts in ((bad, more), (more, bad)):
+        with pytest.raises(ValueError, match="2 of 40 rows: 0, 17"):
+            head(images, texts)
+    assert head(more[:0], more).shape == (0, 90)
+
+
 def test_huge_but_finite_features_pass():
     head = random_head("heuristic")
     x = torch.full((4, 64), 6e4, dtype=torch.float16)  # whose sum overflows

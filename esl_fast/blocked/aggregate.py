@@ -28,16 +28,23 @@ def compressed(matrix: Tensor) -> Tensor:
         return matrix.to_sparse_csr()
 
 
-def _next_level(z: Tensor, weight: Tensor, out: Tensor) -> None:
-    """`out (d_l, n)` from `z (d_{l-1}, n)`."""
+def _next_level(z: Tensor, weight: Tensor, out: Tensor) -> float:
+    """`out (d_l, n)` from `z (d_{l-1}, n)`, but for a factor, which is returned: only norms ever ask for it."""
     if weight.ndim == 2:
         torch.mm(weight, z, out=out)
-        return
-    first, *others = weight.tolist()  # scaling by a number is faster than by a tensor
-    s, end = weight.numel(), out.shape[0] * weight.numel()
-    torch.mul(z[0:end:s], first, out=out)
-    for t, tap in enumerate(others, start=1):
-        out.add_(z[t:end:s], alpha=tap)
+        return 1.0
+    taps = weight.tolist()  # scaling by a number is faster than by a tensor
+    s, end = len(taps), out.shape[0] * len(taps)
+    # With a largest tap of 1, two entries of a window take one pass.
+    largest, *others = sorted(range(s), key=lambda t: -abs(taps[t]))
+    factor = taps[largest]
+    if not others or factor == 0:
+        torch.mul(z[largest:end:s], factor, out=out)
+        return 1.0
+    summed = z[largest:end:s]
+    for t in others:
+        summed = torch.add(summed, z[t:end:s], alpha=taps[t] / factor, out=out)
+    return factor
 
 
 def aggregate(x: Tensor, weights: Sequence[Tensor], *, chain: str, normalize: bool) -> Tensor:
@@ -54,24 +61,32 @@ def aggregate(x: Tensor, weights: Sequence[Tensor], *, chain: str, normalize: bo
         rows = x[start : start + BLOCK]
         levels = units[:, start : start + BLOCK].split(dims)
         _transposed(rows, normalize, out=levels[0])
+        factor, factors = 1.0, []
         for previous, level, weight in zip(levels, levels[1:], weights, strict=False):
-            _next_level(previous, weight, out=level)
+            factor *= _next_level(previous, weight, out=level)
             if chain == "normalized":
-                _l2norm_(level)
-        if chain == "raw":
-            for level in levels[1:]:
-                _l2norm_(level)
+                _l2norm_(level, factor)
+                factor = 1.0
+            else:
+                factors.append(factor)
+        for level, factor in zip(levels[1:], factors, strict=False):
+            _l2norm_(level, factor)
     return units.mT
 
 
-def _transposed(rows: Tensor, normalize: bool, out: Tensor) -> None:
-    """`out (d, n)` from `rows (n, d)`, divided by their norms if wanted.
+def spread_rows(x: Tensor) -> Tensor:
+    """Room for a copy of `x (n, d)`, rows an odd number of cache lines apart.
 
-    By way of rows an odd number of cache lines apart: at a power of two, as d mostly is, a column of them falls into
-    a few sets of the cache, and transposing takes three times as long.
+    At a power of two, as d mostly is, a column falls into a few sets of the cache: transposing takes three times as
+    long, and a matrix product, now and then, a tenth more.
     """
-    n, d = rows.shape
-    spread = rows.new_empty(n, 32 * (d // 32) + 48)[:, :d]
+    n, d = x.shape
+    return x.new_empty(n, 32 * (d // 32) + 48)[:, :d]
+
+
+def _transposed(rows: Tensor, normalize: bool, out: Tensor) -> None:
+    """`out (d, n)` from `rows (n, d)`, divided by their norms if wanted."""
+    spread = spread_rows(rows)
     if normalize:
         torch.mul(rows, torch.linalg.vector_norm(rows, dim=1, keepdim=True).reciprocal_(), out=spread)
     else:
@@ -79,6 +94,7 @@ def _transposed(rows: Tensor, normalize: bool, out: Tensor) -> None:
     out.copy_(spread.mT)
 
 
-def _l2norm_(z: Tensor) -> None:
-    """In place, over the first axis."""
-    z.div_(z.square().sum(0).sqrt_().add_(EPS))
+def _l2norm_(z: Tensor, factor: float) -> None:
+    """`factor * z` over its norm along the first axis, in place."""
+    norms = z.square().sum(0).sqrt_().add_(EPS / max(abs(factor), 1e-300))
+    z.div_(norms if factor > 0 else norms.neg_())

@@ -31,17 +31,13 @@ def same_device(**tensors: Tensor) -> None:
         raise ValueError("tensors lie on different devices: " + ", ".join(f"{k} on {v}" for k, v in devices.items()))
 
 
-def finite(name: str, x: Tensor, *, wait: bool = False, whole: Tensor | None = None) -> None:
-    """No NaN or infinity in ``x (n, ...)``; without ``wait`` on a CPU only, where it needs no synchronisation.
-
-    The message names rows of ``whole``, if ``x`` is a part of it.
-    """
+def finite(name: str, x: Tensor, *, wait: bool = False) -> None:
+    """No NaN or infinity in ``x (n, ...)``; without ``wait`` on a CPU only, where it needs no synchronisation."""
     if (x.device.type != "cpu" and not wait) or torch.compiler.is_compiling() or in_transform():
         return
     # The sum is finite unless a term is not (or it overflows, which the exact check below clears).
     if torch.isfinite(x.detach().sum()):
         return
-    x = x if whole is None else whole
     bad = (~torch.isfinite(x.detach())).reshape(x.shape[0], -1).any(-1).nonzero().flatten()
     if bad.numel():
         rows = ", ".join(map(str, bad[:10].tolist())) + (", ..." if bad.numel() > 10 else "")

@@ -45,15 +45,6 @@ def streamed_similarity(
         folded_side: which side is folded, ``"image"`` or ``"text"``.
 
     Returns:
-        ``(N, M)``, images by texts.
-
-    Raises:
-        ValueError: features that are not finite.
+        ``(N, M)``, images by texts; not finite where a feature is not.
     """
-    name = "text_features" if folded_side == "image" else "image_features"
-
-    def checked_units(block: Tensor) -> Tensor:
-        checks.finite(name, block, whole=features)
-        return units(block)
-
-    return blocked.similarity.similarity(folded, features, checked_units, folded_side=folded_side)
+    return blocked.similarity.similarity(folded, features, units, folded_side=folded_side)
