@@ -160,10 +160,12 @@ class Attention:
         grad_b, grad_smooth = torch.zeros_like(b), 0
         for part, norm, dim in ((p, self.word_norm, 1), (q, self.region_norm, 2)):
             scale = 1 / (norm + EPS)
-            dot = torch.mul(part, b, out=free).sum(dim, keepdim=True).mul_(scale)
-            grad_smooth = grad_smooth + dot.sum()
-            along = dot * scale / torch.where(norm > 0, norm, 1)  # b is 0 where its norm is
-            grad_b.addcmul_(part, scale).addcmul_(b, along, value=-1)
+            # Of a lone word or region nothing but the epsilon's term must be left, though scale is large: hence b over
+            # its very norm.
+            unit = torch.div(b, torch.where(norm > 0, norm, 1), out=free)  # b is 0 where its norm is
+            dot = (part * unit).sum(dim, keepdim=True)
+            grad_smooth = grad_smooth + (dot * norm * scale).sum()
+            grad_b.addcmul_(part.addcmul_(unit, dot, value=-1), scale).addcmul_(unit, dot * (EPS * scale * scale))
         # Through leaky_relu and tanh; tanh is b where positive and b / SLOPE elsewhere.
         slope = torch.full_like(a, SLOPE).masked_fill_(a > 0, 1)
         tanh = b.div_(slope)

@@ -232,6 +232,13 @@ def _along(scale, dot):
     return dot * scale * scale / tl.where(norm > 0, norm, 1.0)
 
 
+@triton.jit
+def _through_norm(grad, b, scale, along, lone):
+    """Gradient to ``b``, given that to ``b * scale``. Where ``b`` is the ``lone`` one of its norm, only the epsilon's
+    term is left, which rounding would bury."""
+    return tl.where(lone, grad * scale * (scale * EPS), grad * scale - b * along)
+
+
 @triton.jit(
     do_not_specialize=[*RUNTIME, "row_words", "grad_row", "grad_col"], do_not_specialize_on_alignment=MOVING
 )
@@ -286,8 +293,8 @@ def _reduce_backward(
         q, to_words = _regions_gradient(a, b, sharpness * region_scale, real, steep, grad_here)
         word_dot = tl.sum(to_regions * b, 0)
         grad_smooth += word_dot * scale
-        grad_b = to_regions * scale[None, :] + to_words * region_scale
-        grad_b -= b * (_along(scale, word_dot)[None, :] + region_along)
+        grad_b = _through_norm(to_regions, b, scale[None, :], _along(scale, word_dot)[None, :], length == 1)
+        grad_b += _through_norm(to_words, b, region_scale, region_along, (regions_of == 1)[None, :])
         t = tl.where(a > 0, b, b * STEEP)
         grad_a = p + q + grad_b * smooth * tl.where(a > 0, 1.0, SLOPE) * (1.0 - t * t)
         grad_a *= real
