@@ -42,7 +42,7 @@ def _cpu() -> str:
 
 
 def _driver() -> str:
-    return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[0]
+    return next(iter(_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()), "")
 
 
 def _version(package: str) -> str | None:

@@ -5,6 +5,7 @@
 set -uo pipefail
 OUT=$(realpath -m "${OUT:-$(dirname "$0")/results}")
 cd "$(dirname "$0")/.." || exit
+[ -x .venv/bin/python ] && PYTHON=${PYTHON:-.venv/bin/python}
 PYTHON=${PYTHON:-python}
 export PYTHONUNBUFFERED=1
 mkdir -p "$OUT"

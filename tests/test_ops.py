@@ -398,3 +398,32 @@ def test_unknown_backend():
     with pytest.raises(ValueError, match="'auto', 'triton', 'torch'"):
         esl_fast.use_backend("cuda")
     run_anything()
+
+
+def test_autocast_changes_nothing():
+    images, texts, owners = torch.randn(40, 30), torch.randn(90, 30), torch.randint(40, (90,))
+    leaves = [t.clone().requires_grad_() for t in (images, texts[:40], torch.tensor(3.0))]
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = ops.contrastive_loss(*leaves)
+            gradients = torch.autograd.grad(loss, leaves)
+            found.append((*ops.retrieval_ranks(images, texts, owners), *ops.topk(images, texts, 7), loss, *gradients))
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"image_units": [[1.0]]}, TypeError, "image_units is a list"),
+        ({"image_units": torch.tensor(1.0)}, ValueError, "image_units has shape"),
+        ({"image_ids": [0, 1, 2], "text_ids": torch.arange(3)}, TypeError, "image_ids is a list"),
+        ({"image_ids": torch.arange(3)}, ValueError, "go together"),
+        ({"image_ids": torch.arange(2), "text_ids": torch.arange(3)}, ValueError, "image_ids has shape"),
+        ({"logit_scale": torch.ones(2)}, ValueError, "logit_scale has shape"),
+    ],
+)
+def test_contrastive_loss_refuses(given, error, message):
+    units = torch.randn(3, 4)
+    with pytest.raises(error, match=message):
+        ops.contrastive_loss(**{"image_units": units, "folded_text_units": units, "logit_scale": 1.0} | given)

@@ -118,6 +118,29 @@ def test_blocked_slices():
     assert relative_error(blocked.region_word_similarity(*major, smooth, lengths.clamp(max=5)), expected) < 1e-13
 
 
+@pytest.mark.parametrize(("regions", "words"), [(5, 1), (1, 5)])
+def test_gradients_of_lone_units(regions, words):
+    """Of one word or region only the epsilon of its norm leaves a gradient through the attention: no rounding may."""
+    (region_units, word_units, smooth), word_lengths, _ = case(6, regions, 7, words, 40, dtype=torch.float32)
+    tensors = [region_units, (1e-2 * word_units.detach()).requires_grad_(), smooth]
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    grad = torch.randn(6, 7)
+    actual = gradients(blocked.region_word_similarity(*tensors, word_lengths), grad, tensors)
+    expected = gradients(reference.region_word_similarity(*exact, word_lengths), grad, exact)
+    for got, want in zip(actual[:2], expected, strict=False):
+        assert relative_error(got, want) < 2e-6
+
+
+def test_autocast_changes_nothing():
+    tensors, word_lengths, _ = case(5, 7, 6, 9, 40, dtype=torch.float32)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            scores = ops.region_word_similarity(*tensors, word_lengths)
+            found.append((scores, *torch.autograd.grad(scores.sum(), tensors)))
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("n", [0, 3])
 @pytest.mark.parametrize("m", [0, 4])
 def test_empty(n, m):

@@ -7,6 +7,8 @@ maximum and sum. Backward computes each block again: four matrix products in all
 import torch
 from torch import Tensor
 
+from esl_fast._autocast import without_autocast
+
 # Logits held at a time; small enough for the cache, large enough for a fast product.
 BLOCK_ELEMENTS = 1 << 21
 
@@ -52,6 +54,7 @@ class ContrastiveLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @without_autocast
     def backward(ctx, grad):
         images, texts, logit_scale, image_ids, text_ids, row_lse, column_lse, *rest = ctx.saved_tensors
         row_weight, column_weight, row_count, column_count = rest
@@ -106,5 +109,4 @@ def contrastive_loss(
     same_owner: str,
 ) -> Tensor:
     """As :func:`esl_fast.reference.contrastive.contrastive_loss` of their product, for float32 or float64 units."""
-    with torch.autocast(image_units.device.type, enabled=False):
-        return ContrastiveLoss.apply(image_units, folded_text_units, logit_scale, image_ids, text_ids, same_owner)
+    return ContrastiveLoss.apply(image_units, folded_text_units, logit_scale, image_ids, text_ids, same_owner)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import leaky_relu_
 
+from esl_fast._autocast import without_autocast
 from esl_fast.reference.region_word import EPS, SLOPE
 
 # Regions copied at a time, words multiplied with them at a time, products reduced at a time (these fit the cache).
@@ -274,6 +275,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
 
+@without_autocast
 def _differentiate(ctx, grad):
     wanted = ctx.needs_input_grad[:3]
     grads = _backward(grad, *ctx.saved_tensors, *wanted[:2])

@@ -22,6 +22,14 @@ def on_device_of(x: Tensor):
     return torch.cuda.device_of(x)
 
 
+def exact_float32() -> bool:
+    """Whether float32 is multiplied as float32: PyTorch was not allowed TF32, by its older switch or by its newer."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # what the older one says once the newer was used
+        return torch.backends.cuda.matmul.fp32_precision != "tf32"
+
+
 # As `triton.cdiv` and `triton.next_power_of_2`, which take the host several microseconds a call.
 
 

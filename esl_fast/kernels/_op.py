@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from esl_fast._autocast import without_autocast
 from esl_fast.kernels._common import INTERPRETING
 
 DEVICES = ("cuda", "cpu") if INTERPRETING else "cuda"
@@ -35,6 +36,7 @@ class Op:
 
     def register_autograd(self, backward: Callable, *, setup_context: Callable, twice: bool = False) -> None:
         """As `torch.library.register_autograd`; ``twice``: ``backward`` is differentiable itself."""
+        backward = without_autocast(backward)
         self._custom.register_autograd(backward, setup_context=setup_context)
         self._function = _make_function(self._run, backward, setup_context, twice)
 

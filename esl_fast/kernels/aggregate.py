@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import cdiv, next_power_of_2, on_device_of, padded_rows
-from ._op import op
-from .inspect import CompileCase
-from .select import Selection, adaptive_dims, locate, selection_dims
+from esl_fast.kernels._common import cdiv, next_power_of_2, on_device_of, padded_rows
+from esl_fast.kernels._op import op
+from esl_fast.kernels.inspect import CompileCase
+from esl_fast.kernels.select import Selection, adaptive_dims, locate, selection_dims
 
 EPS = tl.constexpr(1e-8)
 CHAINS = ("normalized", "raw")

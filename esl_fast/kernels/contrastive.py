@@ -351,7 +351,10 @@ def _finish_kernel(
         tl.store(unit, weight / (2.0 * GAIN))
 
 
-@triton.jit(do_not_specialize=["n", "m", "units", "first_row", "last_row", "grad_row"])
+@triton.jit(
+    do_not_specialize=["n", "m", "units", "first_row", "last_row", "grad_row"],
+    do_not_specialize_on_alignment=["scale_parts"],  # one row of several, as long as there are multiprocessors
+)
 def _gradient_kernel(
     a, b, logit_scale, center, row_terms, col_terms, row_target, col_target, image_ids, text_ids, grad, scale_parts,
     n, m, units, a_row, a_unit, b_row, b_unit, first_row, last_row, grad_row,
@@ -742,6 +745,9 @@ def compile_cases() -> list[CompileCase]:
     return [
         *sums, *online, *gradient,
         small("total_32k", _total_kernel, block, 4.0 * (132 + 2) * n),
-        small("finish_32k_diagonal", _finish_kernel, {**block, **unused, "MODE": DIAGONAL}, 40.0 * n),
+        *(
+            small(f"finish_32k_{name}", _finish_kernel, {**block, **unused, "MODE": mode}, 40.0 * n)
+            for name, mode in (("diagonal", DIAGONAL), ("ignore", IGNORE))
+        ),
         small("finish_32k_positive", _finish_kernel, {**block, "MODE": POSITIVE}, 40.0 * n),
     ]  # fmt: skip

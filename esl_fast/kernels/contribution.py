@@ -18,10 +18,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._common import INTERPRETING, cdiv, next_power_of_2, on_device_of, padded_rows
-from ._op import op
-from .inspect import CompileCase
-from .select import locate
+from esl_fast.kernels._common import INTERPRETING, cdiv, exact_float32, next_power_of_2, on_device_of, padded_rows
+from esl_fast.kernels._op import op
+from esl_fast.kernels.inspect import CompileCase
+from esl_fast.kernels.select import locate
+from esl_fast.kernels.tile import TMA_CONFIGS, target_of, tma_ready
 
 SIDES = ("text", "image")
 DESCRIPTORS_FROM = 512  # rows; making one takes the host longer than it saves a small batch
@@ -380,17 +381,16 @@ def _bandwidth(dims: tuple[int, ...], block_c: int, block_k: int) -> tuple[int, 
 
 
 def _precision() -> str:
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "ieee" if exact_float32() else "tf32"
 
 
 def _has_descriptors(device: torch.device) -> bool:
-    if device.type != "cuda" or torch.version.hip:
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    return target_of(device) in TMA_CONFIGS
 
 
-def _fits_descriptor(x: Tensor) -> bool:
-    return x.stride(1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+def _descriptors(n: int, *operands: Tensor) -> bool:
+    """Whether ``n`` rows pay for descriptors, the device has them and the operands fit them."""
+    return n >= DESCRIPTORS_FROM and _has_descriptors(operands[0].device) and all(map(tma_ready, operands))
 
 
 def _matrix_dims(matrices: Sequence[Tensor], units: Tensor) -> tuple[int, ...]:
@@ -417,7 +417,7 @@ def _launch_fold(
     tiles, _, warps, stages = _tiles(x.dtype, bool(torch.version.hip))
     count, bandwidth = _bandwidth(dims, tiles["BLOCK_C"], tiles["BLOCK_K"])
     packed = torch.empty((count * tiles["BLOCK_C"], bandwidth), dtype=x.dtype, device=x.device)
-    descriptors = n >= DESCRIPTORS_FROM and _has_descriptors(x.device) and _fits_descriptor(x)
+    descriptors = _descriptors(n, x)
     units, weights = x, packed
     if descriptors:
         units = TensorDescriptor.from_tensor(x, [tiles["BLOCK_N"], tiles["BLOCK_K"]])
@@ -452,8 +452,7 @@ def _launch_matrices_backward(
     partial = torch.empty((parts, flat.numel()), dtype=torch.float32, device=left.device)
     products = torch.empty(width, dtype=torch.float32, device=left.device)
     grad_matrices = torch.empty_like(flat)
-    descriptors = n >= DESCRIPTORS_FROM and _has_descriptors(left.device)
-    descriptors = descriptors and _fits_descriptor(left) and _fits_descriptor(right)
+    descriptors = _descriptors(n, left, right)
     a, b = left, right
     if descriptors:
         a = TensorDescriptor.from_tensor(left, [tiles["BLOCK_N"], tiles["BLOCK_C"]])

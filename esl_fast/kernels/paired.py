@@ -91,7 +91,9 @@ def _launch(
 def compile_cases() -> list[CompileCase]:
     pairs, units = 25_000, 1_022  # COCO 5K
     sizes = dict.fromkeys(("pairs", "units", "a_row", "b_row"), "i32")
-    signature = {"owners": "*i64", "scores": "*fp32", "best": "*fp32", **sizes}
+    names = ("owners", "best", "factor", "lowest")
+    owned = {"owners": "*i64", "best": "*fp32"}
+    diagonal = {"factor": "*fp32", "lowest": "*fp32"}
     found = []
     for target in TARGETS:
         for dtype in (torch.bfloat16, torch.float32):
@@ -99,18 +101,19 @@ def compile_cases() -> list[CompileCase]:
             config = tile_config(target, precision, False)
             kind = "bf16" if dtype == torch.bfloat16 else "fp32"
             constants = tile_constants(config, precision, tma=False)
-            found.append(
+            found += (
                 CompileCase(
-                    name=f"paired_25k_{precision}",
+                    name=f"paired_25k_{name}_{precision}",
                     kernel=_paired_kernel,
-                    signature={"a": f"*{kind}", "b": f"*{kind}", **signature},
+                    signature={"a": f"*{kind}", "b": f"*{kind}", "scores": "*fp32", **pointers, **sizes},
                     constexprs={
-                        "a_unit": 1, "b_unit": 1, "PAIRS": PAIRS, "OWNED": True, "factor": None, "lowest": None,
+                        "a_unit": 1, "b_unit": 1, "PAIRS": PAIRS, "OWNED": name == "owned",
+                        **{key: None for key in names if key not in pointers},
                         **{key: constants[key] for key in ("DEPTH", "PRECISION", "UPCAST")},
                     },
                     num_warps=4,
                     num_stages=config.num_stages,
-                    divisible=("a", "b", "owners", "scores", "best", "a_row", "b_row"),
+                    divisible=("a", "b", "scores", *pointers, "a_row", "b_row"),
                     wants_wgmma=target == "sm_90" and precision == "bf16",
                     flops=2.0 * pairs * PAIRS * units,
                     bytes=1.2 * dtype.itemsize * pairs * units,
@@ -118,5 +121,6 @@ def compile_cases() -> list[CompileCase]:
                     targets=(target,),
                     options={"enable_fp_fusion": True},
                 )
+                for name, pointers in (("owned", owned), ("diagonal", diagonal))
             )  # fmt: skip
     return found

@@ -223,20 +223,20 @@ def _regions_gradient(a, b, sharpness, real, steep, grad):
 
 
 @triton.jit
-def _along(scale, dot):
-    """What times ``b`` comes off the gradient to ``b`` through the norm in ``b * scale``, ``scale = 1 / (norm + eps)``.
+def _through_norm(scale, dot, lone):
+    """``(s, t)`` of which ``grad * s - b * t`` is the gradient to ``b``, given ``grad``, that to ``b * scale``.
 
-    ``dot`` is the sum of ``b`` times the gradient to ``b * scale`` over that norm's axis; it is 0 where the norm is.
+    ``scale = 1 / (norm + eps)``; ``dot``, the sum of ``b * grad`` over that norm's axis, is 0 where the norm is. Where
+    ``b`` is the ``lone`` one on that axis only the epsilon's term is left, which rounding would bury.
     """
     norm = 1.0 / scale - EPS
-    return dot * scale * scale / tl.where(norm > 0, norm, 1.0)
+    along = dot * scale * scale / tl.where(norm > 0, norm, 1.0)
+    return _unless_lone(scale, lone), tl.where(lone, 0.0, along)
 
 
 @triton.jit
-def _through_norm(grad, b, scale, along, lone):
-    """Gradient to ``b``, given that to ``b * scale``. Where ``b`` is the ``lone`` one of its norm, only the epsilon's
-    term is left, which rounding would bury."""
-    return tl.where(lone, grad * scale * (scale * EPS), grad * scale - b * along)
+def _unless_lone(scale, lone):
+    return tl.where(lone, scale * (scale * EPS), scale)
 
 
 @triton.jit(
@@ -273,7 +273,8 @@ def _reduce_backward(
         _, to_words = _regions_gradient(a, b, sharpness * region_scale, real, steep, grad_here)
         region_dot += to_words * b
     grad_smooth = tl.sum(region_dot * region_scale, 0)
-    region_along = _along(region_scale, region_dot)
+    lone_region = (regions_of == 1)[None, :]
+    _, region_along = _through_norm(region_scale, region_dot, lone_region)
 
     word = tl.arange(0, WORDS)
     written = (word < (row_words if PADDED else length))[:, None] & live_image[None, :]
@@ -293,8 +294,9 @@ def _reduce_backward(
         q, to_words = _regions_gradient(a, b, sharpness * region_scale, real, steep, grad_here)
         word_dot = tl.sum(to_regions * b, 0)
         grad_smooth += word_dot * scale
-        grad_b = _through_norm(to_regions, b, scale[None, :], _along(scale, word_dot)[None, :], length == 1)
-        grad_b += _through_norm(to_words, b, region_scale, region_along, (regions_of == 1)[None, :])
+        word_scale, word_along = _through_norm(scale, word_dot, length == 1)
+        grad_b = to_regions * word_scale[None, :] + to_words * _unless_lone(region_scale, lone_region)
+        grad_b -= b * (word_along[None, :] + region_along)
         t = tl.where(a > 0, b, b * STEEP)
         grad_a = p + q + grad_b * smooth * tl.where(a > 0, 1.0, SLOPE) * (1.0 - t * t)
         grad_a *= real

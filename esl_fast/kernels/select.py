@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import next_power_of_2, on_device_of
-from ._op import op
-from .inspect import CompileCase
+from esl_fast.kernels._common import next_power_of_2, on_device_of
+from esl_fast.kernels._op import op
+from esl_fast.kernels.inspect import CompileCase
 
 EPS = tl.constexpr(1e-8)
 

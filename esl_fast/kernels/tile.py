@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from esl_fast.kernels._common import INTERPRETING, cdiv
+from esl_fast.kernels._common import INTERPRETING, cdiv, exact_float32
 from esl_fast.kernels.inspect import TARGETS, CompileCase
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -290,7 +290,7 @@ def launch_options(config: TileConfig) -> dict[str, Any]:
 def dot_precision(dtype: torch.dtype) -> str:
     """What multiplies: ``"bf16"``, ``"fp16"``, or for float32 ``"fp32"`` unless PyTorch was allowed ``"tf32"``."""
     if dtype == torch.float32:
-        return "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        return "fp32" if exact_float32() else "tf32"
     return "bf16" if dtype == torch.bfloat16 else "fp16"
 
 

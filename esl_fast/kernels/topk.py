@@ -62,7 +62,10 @@ def _select_kernel(scores, keys, width, k, scores_row, offset, BLOCK: tl.constex
 
 @op("topk_update", mutates=("keys",))
 def topk_update(keys: Tensor, query_units: Tensor, gallery_units: Tensor, offset: int) -> None:
-    """Exchange keys ``(Q, k)`` for better ones among ``gallery_units (G, U)``, items ``offset`` to ``offset + G``."""
+    """Exchange keys ``(Q, k)`` for better ones among ``gallery_units (G, U)``, items ``offset`` to ``offset + G``.
+
+    A gallery of another dtype is converted to that of the queries block by block.
+    """
     (queries, k), gallery = keys.shape, gallery_units.shape[0]
     if not queries or not k or not gallery:
         return
@@ -72,7 +75,7 @@ def topk_update(keys: Tensor, query_units: Tensor, gallery_units: Tensor, offset
         for q in range(0, queries, QUERY_BLOCK):
             block = query_units[q : q + QUERY_BLOCK]
             for g in range(0, gallery, GALLERY_BLOCK):
-                items = gallery_units[g : g + GALLERY_BLOCK]
+                items = gallery_units[g : g + GALLERY_BLOCK].to(query_units.dtype)
                 multiply(block, items, scratch[: block.shape[0], : items.shape[0]])
                 _select_kernel[(block.shape[0],)](
                     scratch,
@@ -109,10 +112,10 @@ def topk(query_units: Tensor, gallery_units: Tensor, k: int) -> tuple[Tensor, Te
     """The ``k`` highest ``query_units (Q, U) @ gallery_units (G, U)^T`` of each query, descending.
 
     Returns float32 scores and int64 gallery indices, both ``(Q, k)``. Of equal scores the lower index comes first; NaN
-    counts as -inf. Units float32, bfloat16 or float16, any strides. No gradient.
+    counts as -inf. Units float32, bfloat16 or float16, any strides, computed in the queries' dtype. No gradient.
     Raises ValueError for other shapes or dtypes and unless ``1 <= k <= G``.
     """
-    check_operands(query_units, gallery_units)
+    check_operands(query_units, gallery_units[:0].to(query_units.dtype))
     _check_k(k, gallery_units.shape[0])
     keys = _first_keys(query_units.shape[0], k, query_units.device)
     topk_update(keys, query_units, gallery_units, 0)
@@ -139,7 +142,7 @@ def topk_stream(
     with on_device_of(query_units):
         blocks = _to_gpu(gallery, query_units.device) if query_units.is_cuda else gallery
         for offset, units in blocks:
-            check_operands(query_units, units)
+            check_operands(query_units, units[:0].to(query_units.dtype))
             seen += units.shape[0]
             topk_update(keys, query_units, units, offset)
     _check_k(k, seen)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from esl_fast import blocked, reference
+from esl_fast._autocast import without_autocast
 from esl_fast.ops import checks
-from esl_fast.ops.backend import use_kernels, without_autocast
+from esl_fast.ops.backend import use_kernels
 
 CHAINS = ("normalized", "raw")
 
@@ -31,6 +32,8 @@ class SelectionCache:
     def get(self, weights: Sequence[Tensor], select, kind: str):
         if any(w.is_inference() for w in weights):  # these carry no version to compare
             return select(weights)
+        if weights and weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            return select(weights)  # what is captured is computed at replay, from the weights of that time
         key = (kind, *((w.data_ptr(), w._version, w.dtype) for w in weights))
         if key != self._key or not all(torch.equal(w, v) for w, v in zip(weights, self._values, strict=False)):
             self._values = [w.detach().clone() for w in weights if w.device.type == "cpu"]

@@ -1,17 +1,11 @@
 """Which implementation runs: Triton kernels or PyTorch."""
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from esl_fast.kernels._common import runs_here
 
 BACKENDS = ("auto", "triton", "torch")
-# Asked once, since torch.compile cannot ask.
-AUTOCAST_DEVICES = frozenset(d for d in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(d))
 _active = "auto"
 
 
@@ -51,20 +45,3 @@ def use_kernels(*tensors: Tensor) -> bool:
             'use_backend("auto") falls back'
         )
     return able and _active != "torch"
-
-
-def without_autocast(op: Callable) -> Callable:
-    """Let an op compute in the precision that it promises, whatever autocast would make of its parts.
-
-    The dtype of the features decides: under autocast a tower hands out half precision, and the kernels take it.
-    """
-
-    @functools.wraps(op)
-    def run(*args: Any, **kwargs: Any) -> Tensor:
-        device = next((a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), "cpu")
-        if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
-            return op(*args, **kwargs)
-        with torch.autocast(device, enabled=False):
-            return op(*args, **kwargs)
-
-    return run

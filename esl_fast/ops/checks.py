@@ -58,6 +58,21 @@ def owners_of(owners: Tensor, images: int, captions: int) -> None:
         raise ValueError(f"owners holds {given}; expected image indices 0..{images - 1}")
 
 
+def ids_of(image_ids: Tensor | None, text_ids: Tensor | None, images: int, texts: int, device: torch.device) -> None:
+    """Both ``(images,)`` and ``(texts,)`` integers on ``device``, or neither given."""
+    if (image_ids is None) != (text_ids is None):
+        raise ValueError("image_ids and text_ids go together; only one was given")
+    for name, ids, count in (("image_ids", image_ids, images), ("text_ids", text_ids, texts)):
+        if ids is None:
+            continue
+        if not isinstance(ids, Tensor):
+            raise TypeError(f"{name} is a {type(ids).__name__}; expected an integer torch.Tensor")
+        if ids.is_floating_point() or ids.shape != (count,):
+            raise ValueError(f"{name} has shape {tuple(ids.shape)} and dtype {ids.dtype}; expected ({count},) integers")
+        if ids.device != device:
+            raise ValueError(f"{name} lies on {ids.device}, the scores on {device}")
+
+
 def lengths_of(name: str, lengths: Tensor, count: int, longest: int, item: str, parts: str) -> None:
     """``lengths (count,)`` integers, how many real ``parts`` each ``item`` has; on a CPU 1 to ``longest``."""
     if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.dtype == torch.bool:

@@ -4,12 +4,14 @@ import torch
 from torch import Tensor
 
 from esl_fast import blocked
+from esl_fast._autocast import without_autocast
 from esl_fast.ops import checks
 from esl_fast.ops.backend import use_kernels
 
 SAME_OWNER = ("positive", "ignore", "negative")
 
 
+@without_autocast
 def contrastive_loss(
     image_units: Tensor,
     folded_text_units: Tensor,
@@ -38,28 +40,26 @@ def contrastive_loss(
         The loss, a scalar in float32 (or float64).
 
     Raises:
-        TypeError, ValueError: wrong dtypes, shapes or devices, an empty batch.
+        TypeError, ValueError: wrong types, dtypes, shapes or devices, an empty batch.
     """
-    n, m = image_units.shape[0], folded_text_units.shape[0]
     checks.matrix("image_units", image_units)
     checks.matrix("folded_text_units", folded_text_units, image_units.shape[1])
+    checks.same_device(image_units=image_units, folded_text_units=folded_text_units)
+    n, m = image_units.shape[0], folded_text_units.shape[0]
     if same_owner not in SAME_OWNER:
         raise ValueError(f"same_owner is {same_owner!r}; accepted: {', '.join(map(repr, SAME_OWNER))}")
-    if (image_ids is None) != (text_ids is None):
-        raise ValueError("image_ids and text_ids go together; only one was given")
-    for name, ids, count in (("image_ids", image_ids, n), ("text_ids", text_ids, m)):
-        if ids is not None and (ids.is_floating_point() or ids.shape != (count,)):
-            raise ValueError(f"{name} has shape {tuple(ids.shape)} and dtype {ids.dtype}; expected ({count},) integers")
+    checks.ids_of(image_ids, text_ids, n, m, image_units.device)
     if n == 0 or m == 0:
         raise ValueError(f"a contrastive loss needs pairs; given {n} images and {m} texts")
     if n != m and (image_ids is None or same_owner != "positive"):
         raise ValueError(f"{n} images and {m} texts have no diagonal; give image_ids and text_ids as positives")
     compute = torch.promote_types(torch.promote_types(image_units.dtype, folded_text_units.dtype), torch.float32)
     if isinstance(logit_scale, Tensor):
+        if logit_scale.numel() != 1:
+            raise ValueError(f"logit_scale has shape {tuple(logit_scale.shape)}; expected one value")
         scale = logit_scale.to(image_units.device, compute)
     else:  # written on the device: a copy would be waited for
         scale = torch.full((), logit_scale, dtype=compute, device=image_units.device)
-    checks.same_device(image_units=image_units, folded_text_units=folded_text_units)
     if use_kernels(image_units, folded_text_units):
         from esl_fast.kernels import contrastive as kernel  # Triton is imported only where it is used
 

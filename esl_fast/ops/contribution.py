@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from esl_fast import blocked, reference
+from esl_fast._autocast import without_autocast
 from esl_fast.ops import checks
-from esl_fast.ops.backend import use_kernels, without_autocast
+from esl_fast.ops.backend import use_kernels
 
 SIDES = ("image", "text")
 

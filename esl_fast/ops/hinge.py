@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from esl_fast import blocked
+from esl_fast._autocast import without_autocast
 from esl_fast.ops import checks
-from esl_fast.ops.backend import without_autocast
 from esl_fast.ops.region_word import check_region_word, region_word_similarity
 
 
@@ -37,7 +37,7 @@ def hinge_loss(
     n, m = similarity.shape
     if n != m:
         raise ValueError(f"similarity has shape ({n}, {m}); {n} images and {m} texts have no diagonal of positives")
-    _check_ids(image_ids, text_ids, n, similarity.device)
+    checks.ids_of(image_ids, text_ids, n, n, similarity.device)
     return blocked.hinge.hinge_loss(similarity, image_ids, text_ids, margin, hardest)
 
 
@@ -74,7 +74,7 @@ def region_word_hinge_loss(
     n, m = region_units.shape[0], word_units.shape[0]
     if n != m:
         raise ValueError(f"{n} images and {m} captions have no diagonal of positives")
-    _check_ids(image_ids, text_ids, n, region_units.device)
+    checks.ids_of(image_ids, text_ids, n, n, region_units.device)
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (region_units, word_units, smooth))
     if not (hardest and grad and n):
         return hinge_loss(region_word_similarity(*inputs), image_ids, text_ids, margin=margin, hardest=hardest)
@@ -83,15 +83,3 @@ def region_word_hinge_loss(
     images, captions = found.pairs()
     scores = blocked.region_word_pairs.candidate_scores(*inputs, images, captions[:, None], "image")
     return blocked.hinge.hinge_of_hardest(scores[:, 0], found, margin)
-
-
-def _check_ids(image_ids: Tensor | None, text_ids: Tensor | None, n: int, device: torch.device) -> None:
-    if (image_ids is None) != (text_ids is None):
-        raise ValueError("image_ids and text_ids go together; only one was given")
-    for name, ids in (("image_ids", image_ids), ("text_ids", text_ids)):
-        if ids is None:
-            continue
-        if ids.is_floating_point() or ids.shape != (n,):
-            raise ValueError(f"{name} has shape {tuple(ids.shape)} and dtype {ids.dtype}; expected ({n},) integers")
-        if ids.device != device:
-            raise ValueError(f"{name} lies on {ids.device}, the scores on {device}")

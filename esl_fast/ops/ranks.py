@@ -4,11 +4,13 @@ import torch
 from torch import Tensor
 
 from esl_fast import blocked
+from esl_fast._autocast import without_autocast
 from esl_fast.ops import checks
 from esl_fast.ops.backend import use_kernels
 
 
 @torch.no_grad()
+@without_autocast
 def retrieval_ranks(image_units: Tensor, folded_text_units: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
     """Rank (from 0) of each image's best caption among all captions, and of each caption's image among all images.
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from esl_fast._autocast import without_autocast
 from esl_fast.blocked import region_word as blocked
 from esl_fast.ops import checks
 from esl_fast.ops.backend import use_kernels
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 GATHERED_BYTES = 128 << 20
 
 
+@without_autocast
 def region_word_similarity(
     region_units: Tensor,
     word_units: Tensor,

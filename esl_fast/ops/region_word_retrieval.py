@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
+from esl_fast._autocast import without_autocast
 from esl_fast.blocked.ranks import owner_blocks
 from esl_fast.blocked.region_word_pairs import candidate_scores
 from esl_fast.blocked.topk import stable_topk
 from esl_fast.ops import checks
-from esl_fast.ops.backend import without_autocast
 from esl_fast.ops.ranks import retrieval_ranks
 from esl_fast.ops.region_word import CaptionBlocks, check_region_word, slices
 from esl_fast.ops.topk import topk

@@ -4,11 +4,13 @@ import torch
 from torch import Tensor
 
 from esl_fast import blocked
+from esl_fast._autocast import without_autocast
 from esl_fast.ops import checks
 from esl_fast.ops.backend import use_kernels
 
 
 @torch.no_grad()
+@without_autocast
 def topk(query_units: Tensor, gallery_units: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Scores and indices of the ``k`` best gallery items of each query, best first, without the matrix.
 
@@ -31,5 +33,5 @@ def topk(query_units: Tensor, gallery_units: Tensor, k: int) -> tuple[Tensor, Te
         from esl_fast.kernels import topk as kernel  # Triton is imported only where it is used
 
         search = kernel.topk if gallery_units.device == query_units.device else kernel.topk_stream
-        return search(query_units.to(gallery_units.dtype), gallery_units, k)
+        return search(query_units.to(torch.promote_types(query_units.dtype, gallery_units.dtype)), gallery_units, k)
     return blocked.topk.topk(query_units, gallery_units, k)

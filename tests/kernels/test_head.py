@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import gradient_errors
 from safetensors.torch import load_file
 
 import esl_fast
@@ -29,18 +30,32 @@ def test_golden_similarity_loss_and_gradients(name, device):
     loss.backward()
     assert loss.item() == pytest.approx(golden["loss"].item(), rel=1e-5)
 
-    ours = {"image_features": features[0].grad, "text_features": features[1].grad, "logit_scale": scale.grad}
+    assert_golden_gradients(golden, head, *features, logit_scale=scale.grad)
+
+
+@pytest.mark.parametrize("name", ["heuristic", "adaptive"])
+def test_golden_region_word(name, device):
+    golden = load_file(GOLDEN / f"region_word_{name}_d256_train.safetensors")
+    weights = {key.removeprefix("param."): value for key, value in golden.items() if key.startswith("param.")}
+    head = esl_fast.RegionWordHead.from_official(weights).to(device)
+    features = [golden[f"{side}_features"].to(device).requires_grad_() for side in ("image", "text")]
+    with esl_fast.use_backend("triton"):
+        scores = head(*features, golden["text_lengths"])
+        assert relative(scores.detach(), golden["similarity"]) <= 1e-5
+        scores.backward(golden["grad_output"].to(device))
+    assert_golden_gradients(golden, head, *features)
+
+
+def assert_golden_gradients(golden, head, images, texts, **others):
+    ours = {"image_features": images.grad, "text_features": texts.grad, **others}
     # The official names of the gradients, by way of a head that holds them as weights.
     with torch.no_grad():
         for parameter in head.parameters():
-            parameter.copy_(parameter.grad)
+            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
     ours |= head.to_official()
     expected = {key.removeprefix("grad."): value for key, value in golden.items() if key.startswith("grad.")}
-    largest = max(value.norm() for value in expected.values())
-    for key, value in expected.items():
-        # Below 1e-4 of the largest the official gradient is its own rounding noise.
-        error = (ours[key].cpu() - value).norm() / (value.norm() if value.norm() > 1e-4 * largest else largest)
-        assert error <= 3e-4, key
+    errors = gradient_errors({key: ours[key].cpu() for key in expected}, expected)
+    assert max(errors.values()) <= 3e-4, max(errors.items(), key=lambda item: item[1])
 
 
 @pytest.mark.parametrize("aggregator", ["heuristic", "adaptive"])

@@ -150,6 +150,17 @@ def test_golden_units(path, device):
     assert_gradients(*both(scores, expected, tensors, exact), 1e-5, 1e-4)
 
 
+@pytest.mark.parametrize(("regions", "words"), [(5, 1), (1, 5)])
+def test_gradients_of_lone_units(regions, words, device):
+    tensors, exact, word_lengths, _ = case((6, regions, 7, words, 40), device)
+    for units in (tensors[1], exact[1]):
+        units.data.mul_(1e-2)
+    scores = kernel.region_word_similarity(*tensors, word_lengths)
+    actual, wanted = both(scores, reference.region_word_similarity(*exact, word_lengths), tensors, exact)
+    for got, want in zip(actual[:2], wanted, strict=False):
+        assert relative_error(got.cpu(), want) < 2e-6
+
+
 @pytest.mark.parametrize("empty", ["images", "captions"])
 def test_empty(empty, device):
     n, m = (0, 3) if empty == "images" else (3, 0)

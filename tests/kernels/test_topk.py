@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+import esl_fast
 from esl_fast.kernels.topk import topk, topk_stream, topk_update
 from esl_fast.reference.topk import topk as reference
 
@@ -95,3 +96,10 @@ def test_errors(k, device):
         topk(a, a, k)
     with pytest.raises(ValueError, match="k is"):
         topk_stream(a, a.cpu(), k)
+
+
+def test_gallery_of_lower_precision(device):
+    queries, gallery = 1e5 * units(5, 20, device), units(300, 20, device, 1).half()
+    with esl_fast.use_backend("triton"):
+        found = esl_fast.topk(queries, gallery, 9)
+    assert_same(found, reference(queries @ gallery.float().mT, 9))
