@@ -7,6 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from helpers import features_model
 
 from esl_fast import load_checkpoint
 from esl_fast.data import SizeAugmentation, load_dataset
@@ -176,7 +177,7 @@ def item(caption=0, words=6, regions=8):
 
 def augmentation(**changes):
     vocabulary = torch.tensor([[90, 50, 51, 52, 91, 0]])
-    return SizeAugmentation(vocabulary, SPECIAL, **({"seed": 3, "probability": 0.2} | changes))
+    return SizeAugmentation(vocabulary, SPECIAL, **({"starts": np.ones_like, "seed": 3, "probability": 0.2} | changes))
 
 
 def test_augmentation_keeps_its_proportions():
@@ -200,6 +201,30 @@ def test_augmentation_keeps_its_proportions():
         regions += len(left)
     np.testing.assert_allclose(np.array(counts) / words, [0.1, 0.02, 0.08], rtol=0.15)
     assert regions / 16000 == pytest.approx(0.8, abs=0.02)
+
+
+def test_pieces_of_a_word_share_its_fate():
+    augment = augmentation(starts=lambda ids: ids % 2 == 1, probability=0.9)  # words of two pieces: 1 2, 3 4, 5 6
+    fates = set()
+    for caption in range(200):
+        tokens = augment(item(caption))["tokens"].tolist()
+        pieces = tokens[1 : tokens.index(91)]
+        assert len(pieces) % 2 == 0
+        for first, second in zip(pieces[::2], pieces[1::2], strict=True):
+            masked, replaced = [x == 92 for x in (first, second)], [x in (50, 51, 52) for x in (first, second)]
+            assert masked[0] == masked[1]
+            assert replaced[0] == replaced[1]
+            assert masked[0] or replaced[0] or second == first + 1
+            fates.add((masked[0], replaced[0]))
+    assert len(fates) == 3
+
+
+def test_words_of_clip_begin_where_another_ends():
+    model = features_model()
+    tokens = model.tokenize(["two rhododendrons bloom"])[0].numpy()
+    starts = model.word_starts(tokens[1 : int(tokens.argmax())])
+    assert starts.sum() == 3
+    assert len(starts) > 3
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_caption():

@@ -1,5 +1,6 @@
 """Size augmentation of region-word training: regions are dropped, words masked, replaced or deleted."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,14 +22,22 @@ class SizeAugmentation:
     Args:
         tokens: those of the training set (M, T); replacements are drawn from the words in it.
         special: ids that are no words.
+        starts: of consecutive token ids, which begin a word; the pieces of a word share its fate.
     """
 
-    def __init__(self, tokens: Tensor, special: SpecialTokens, seed: int, probability: float = 0.2):
+    def __init__(
+        self,
+        tokens: Tensor,
+        special: SpecialTokens,
+        starts: Callable[[np.ndarray], np.ndarray],
+        seed: int,
+        probability: float = 0.2,
+    ):
         if not 0 < probability < 1:
             raise ValueError(f"probability must lie between 0 and 1, got {probability}")
         words = np.unique(tokens.numpy())
         self.words = words[~np.isin(words, (0, *special))]
-        self.special, self.seed, self.probability = special, seed, probability
+        self.special, self.starts, self.seed, self.probability = special, starts, seed, probability
         self.epoch = 0
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
@@ -40,17 +49,21 @@ class SizeAugmentation:
 
     def _change_words(self, tokens: Tensor, rng: np.random.Generator) -> Tensor:
         ids = tokens.numpy()
-        words = ids[1 : int((ids == self.special.end).argmax())]
-        if not len(words) or not len(self.words):
+        pieces = ids[1 : int((ids == self.special.end).argmax())]
+        if not len(pieces) or not len(self.words):
             return tokens
-        fate = rng.random(len(words)) / self.probability
-        other = self.words[rng.integers(len(self.words), size=len(words))]
-        words = np.where(fate < MASKED, self.special.mask, np.where(fate < MASKED + REPLACED, other, words))
+        starts = self.starts(pieces)
+        starts[0] = True
+        word = starts.cumsum() - 1
+        fate = (rng.random(word[-1] + 1) / self.probability)[word]
+        other = self.words[rng.integers(len(self.words), size=len(pieces))]
+        pieces = np.where(fate < MASKED, self.special.mask, np.where(fate < MASKED + REPLACED, other, pieces))
         kept = (fate < MASKED + REPLACED) | (fate >= 1)
-        kept[0] |= not kept.any()
-        words = words[kept]
+        if not kept.any():
+            kept = word == 0
+        pieces = pieces[kept]
         changed = np.zeros_like(ids)
-        changed[: len(words) + 2] = (ids[0], *words, self.special.end)
+        changed[: len(pieces) + 2] = (ids[0], *pieces, self.special.end)
         return torch.from_numpy(changed)
 
     def _drop_regions(self, regions: Tensor, rng: np.random.Generator) -> tuple[Tensor, int]:

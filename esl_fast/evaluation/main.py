@@ -1,6 +1,7 @@
 """What ``train/evaluate.py`` does."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,9 +100,11 @@ def run(config: EvaluateConfig) -> int:
     def load(path: str) -> MatchingModel:
         return load_checkpoint(path).to(device)
 
-    for path in (config.output, config.save_similarity):
+    if config.shortlist is not None and config.rerank is None:
+        raise ValueError("--shortlist is given without --rerank: how many candidates should it find?")
+    for name, path in (("output", config.output), ("save-similarity", config.save_similarity)):
         if path is not None:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            check_writable(f"--{name}", Path(path))
     data = build_data(config, config.split)
     result = evaluate(
         [partial(load, path) for path in config.checkpoint],
@@ -121,12 +124,19 @@ def run(config: EvaluateConfig) -> int:
         "skipped": data.skipped,
         "chance_rsum": chance_rsum(result["images"], result["captions"]),
     }
-    if config.output is not None:
-        Path(config.output).write_text(json.dumps(result, indent=2) + "\n")
     print(f"{config.dataset} {config.split}, {result['images']} images x {result['captions']} captions")
     rows = {"all": result["metrics"]}
     if config.five_folds:
         rows["mean of 5 x 1K"] = result["five_folds"]
     print(table(rows))
     print(f"chance rsum {result['chance_rsum']:.1f}{f'; {data.skipped} records skipped' if data.skipped else ''}")
+    if config.output is not None:
+        Path(config.output).write_text(json.dumps(result, indent=2) + "\n")
     return 0
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Find out before the work, not after it, that a file cannot be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise OSError(f"{option} {path} cannot be written; expected a file in a writable folder")

@@ -67,7 +67,9 @@ class Encoder:
     def score(self, model: MatchingModel, features: tuple[Features, Features]) -> SplitScores:
         """The split's similarity from what :meth:`features` gave."""
         owners = torch.from_numpy(self.split.owners).to(vectors_of(features[0]).device)
-        return SplitScores(model.head.scores(*features), owners)
+        scores = model.head.scores(*features)
+        scores.check_finite()
+        return SplitScores(scores, owners)
 
     @torch.inference_mode()
     def features(

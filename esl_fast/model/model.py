@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -165,6 +166,13 @@ class MatchingModel(nn.Module):
             raise ValueError("words can be masked among CLIP's and BERT's tokens only; set size_augmentation to 0")
         # CLIP's vocabulary has no mask; its start of text stands nowhere else, and no bag knows it.
         return towers.SpecialTokens(towers.CLIP_SPECIAL, towers.CLIP_SPECIAL + 1, towers.CLIP_SPECIAL)
+
+    @property
+    def word_starts(self) -> Callable[[np.ndarray], np.ndarray]:
+        """Of consecutive token ids, which begin a word, where :attr:`special_tokens` are known."""
+        if self.config.text_tower == "bert":
+            return sequence_towers.bert_word_starts(self.config.bert)
+        return towers.clip_word_starts
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from esl_fast import ops
+from esl_fast.model.sequences import Sequences
 from esl_fast.ops.hinge import hinge_loss, region_word_hinge_loss
 from esl_fast.ops.region_word import region_word_similarity
 from esl_fast.ops.region_word_retrieval import region_word_ranks
@@ -41,6 +42,10 @@ class Scores:
         """The scores of some images and some captions."""
         raise NotImplementedError
 
+    def check_finite(self) -> None:
+        """ValueError naming the images or captions whose scores cannot be finite; waits for a GPU."""
+        raise NotImplementedError
+
     def blocks(self) -> Iterator[Block]:
         """``(images, captions, scores)``, all captions of the first images before the next images."""
         images, captions = self.shape
@@ -72,6 +77,10 @@ class InnerProducts(Scores):
 
     def part(self, images: slice, captions: slice) -> "InnerProducts":
         return InnerProducts(self.image[images], self.text[captions])
+
+    def check_finite(self) -> None:
+        ops.checks.finite("units of images", self.image, wait=True)
+        ops.checks.finite("units of captions", self.text, wait=True)
 
 
 @dataclass
@@ -116,3 +125,12 @@ class RegionWordScores(Scores):
             word_lengths=self.word_lengths[captions],
             region_lengths=None if self.region_lengths is None else self.region_lengths[images],
         )
+
+    def check_finite(self) -> None:
+        for name, units, lengths in (
+            ("units of regions", self.regions, self.region_lengths),
+            ("units of words", self.words, self.word_lengths),
+        ):
+            total = units.sum(-1)  # (n, L): not finite where one of the units is not
+            padding = Sequences(units, lengths).padding()
+            ops.checks.finite(name, total if padding is None else total.masked_fill(padding, 0), wait=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import TextTransformer, VisionTransformer
@@ -175,19 +176,24 @@ BERT_SIZES = (
 )  # fmt: skip
 
 
-def bert_tokenizer(bert: dict[str, Any]) -> Callable[[list[str]], Tensor]:
-    """Lower-case word pieces ``(M, T)`` of captions, from the vocabulary that a configuration holds.
+def _pretrained_tokenizer(bert: dict[str, Any]) -> Any:
+    """Hugging Face's tokenizer of a configuration.
 
-    An official checkpoint holds none; bert-base-uncased's, with which all of them were trained, is asked for by name.
+    An official checkpoint holds no vocabulary; bert-base-uncased's, with which all of them were trained, is asked for
+    by name.
     """
     library = transformers().AutoTokenizer
     if bert.get("vocabulary") is None:
-        tokenizer = library.from_pretrained("bert-base-uncased")
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "vocab.txt").write_text("\n".join(bert["vocabulary"]), encoding="utf-8")
-            (Path(folder) / "config.json").write_text('{"model_type": "bert"}')
-            tokenizer = library.from_pretrained(folder, do_lower_case=True)
+        return library.from_pretrained("bert-base-uncased")
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "vocab.txt").write_text("\n".join(bert["vocabulary"]), encoding="utf-8")
+        (Path(folder) / "config.json").write_text('{"model_type": "bert"}')
+        return library.from_pretrained(folder, do_lower_case=True)
+
+
+def bert_tokenizer(bert: dict[str, Any]) -> Callable[[list[str]], Tensor]:
+    """Lower-case word pieces ``(M, T)`` of captions."""
+    tokenizer = _pretrained_tokenizer(bert)
     context = min(BERT_CONTEXT, bert["config"].get("max_position_embeddings", BERT_CONTEXT))
 
     def tokenize(captions: list[str]) -> Tensor:
@@ -202,3 +208,12 @@ def bert_special_tokens(bert: dict[str, Any]) -> SpecialTokens:
     if bert.get("vocabulary") is None:
         return SpecialTokens(101, 102, 103)
     return SpecialTokens(*(bert["vocabulary"].index(token) for token in ("[CLS]", "[SEP]", "[MASK]")))
+
+
+def bert_word_starts(bert: dict[str, Any]) -> Callable[[np.ndarray], np.ndarray]:
+    """Which of consecutive token ids begin a word: those whose piece does not go on from the one before."""
+    names = bert.get("vocabulary")
+    if names is None:
+        tokenizer = _pretrained_tokenizer(bert)
+        names = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    return np.array([not name.startswith("##") for name in names]).take

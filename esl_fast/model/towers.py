@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import open_clip
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -171,6 +172,17 @@ def make_tokenizer(config: dict[str, Any] | None) -> Callable[[list[str]], Tenso
 @functools.lru_cache
 def _clip_tokenizer(context: int) -> open_clip.SimpleTokenizer:
     return open_clip.SimpleTokenizer(context_length=context)
+
+
+@functools.cache
+def _clip_word_ends() -> np.ndarray:
+    names = _clip_tokenizer(CLIP_CONTEXT).decoder
+    return np.array([names[i].endswith("</w>") for i in range(CLIP_VOCABULARY)])
+
+
+def clip_word_starts(ids: np.ndarray) -> np.ndarray:
+    """Which of consecutive CLIP tokens begin a word: those that follow the last piece of one."""
+    return np.append(True, _clip_word_ends()[ids[:-1]])
 
 
 def blocks_of(tower: nn.Module) -> list[nn.Module]:

@@ -29,11 +29,14 @@ def find_run(resume: str, logs: str) -> Path:
 
 
 def create_run(logs: str, name: str) -> Path:
-    """A new, writable folder for a run. Raises FileExistsError or OSError with what to do about it."""
+    """A new, writable folder for a run, or that of one that failed before it began.
+
+    Raises FileExistsError or OSError with what to do about it.
+    """
     run = Path(logs) / name
     try:
         run.mkdir(parents=True, exist_ok=True)
-        if any(run.iterdir()):
+        if any(path.name != METRICS or path.stat().st_size for path in run.iterdir()):
             raise FileExistsError(
                 f"{run} holds a run already: choose another --name, or continue it with --resume {run}"
             )

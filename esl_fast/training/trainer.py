@@ -58,7 +58,7 @@ class Trainer:
         self.pairs = PairDataset(data.train, model.image_transform, model.tokenize)
         if config.size_augmentation:
             self.pairs.augment = SizeAugmentation(
-                self.pairs.tokens, model.special_tokens, config.seed, config.size_augmentation
+                self.pairs.tokens, model.special_tokens, model.word_starts, config.seed, config.size_augmentation
             )
         self.steps_per_epoch = len(self.pairs) // config.batch_size
         if not self.steps_per_epoch:
