@@ -3,6 +3,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 TRAIN = ["jsonargparse[signatures]>=4.30", "tensorboard", "matplotlib"]
+BERT = ["transformers"]
 
 setup(
     name="esl_fast",
@@ -15,8 +16,8 @@ setup(
     packages=find_packages(include=["esl_fast", "esl_fast.*"]),
     package_data={"esl_fast.model": ["configs/*.json"], "esl_fast.training": ["recipes/*.yaml"]},
     install_requires=[
-        "torch>=2.6",
-        "triton>=3.2; platform_system == 'Linux'",
+        "torch>=2.8",
+        "triton>=3.4; platform_system == 'Linux'",
         "open_clip_torch>=2.30",
         "numpy",
         "pillow",
@@ -26,7 +27,7 @@ setup(
     ],
     extras_require={
         "train": TRAIN,
-        "bert": ["transformers"],
-        "test": ["pytest>=8", "pytest-benchmark", "pytest-xdist", "ruff", *TRAIN],
+        "bert": BERT,
+        "test": ["pytest>=8", "pytest-benchmark", "pytest-xdist", "ruff", *TRAIN, *BERT],
     },
 )

@@ -161,6 +161,13 @@ def test_regions_without_dev(tmp_path):
     assert (len(data.train), len(data.val)) == (18, 2)
 
 
+def test_regions_without_captions(tmp_path):
+    make_regions(tmp_path)
+    (tmp_path / "test_caps.txt").write_text("")
+    with pytest.raises(DataError, match=r"test_caps.txt: holds 0 captions"):
+        load_dataset("regions", tmp_path)
+
+
 @pytest.mark.parametrize("only", ["train", "val", "test"])
 @pytest.mark.parametrize("name", ["karpathy", "flickr30k", "coco", "features"])
 def test_only_the_split_asked_for_need_be_there(tmp_path, name, only):

@@ -8,7 +8,7 @@ import torch
 
 from esl_fast.data import Split
 from esl_fast.evaluation import chance_rsum, evaluate, ranks_from_similarity, recall_metrics, table
-from esl_fast.evaluation.main import collect_checkpoints
+from esl_fast.evaluation.main import collect_checkpoints, main
 from esl_fast.model import MatchingModel, ModelConfig
 from esl_fast.reference.ranks import retrieval_ranks
 
@@ -102,6 +102,27 @@ def test_five_folds_average_thousand_images_each(tmp_path):
     assert result["five_folds"]["rsum"] == pytest.approx(np.mean(folds), abs=0.2)
     with pytest.raises(ValueError, match="5 folds take 5000 images; split 'test' has 10"):
         evaluate([lambda: tiny_model(0)], split.subset(range(10)), five_folds=True)
+
+
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_units_that_are_not_finite_are_named(side):
+    """Finite features are not enough: a head may make of them what is not."""
+    model = tiny_model(0)
+    units = getattr(model.head, f"{side}_units")
+    setattr(model.head, f"{side}_units", lambda x: units(x).index_fill(0, torch.tensor([2]), torch.nan))
+    split = arrays(np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32), 1)
+    with pytest.raises(ValueError, match=r"units of .* non-finite values in 1 of 4 rows: 2"):
+        evaluate([lambda: model], split)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("--output=.", "--output . cannot be written"), ("--save-similarity=.", "--save-similarity . cannot be written"),
+     ("--shortlist=x", "--shortlist is given without --rerank")],
+)  # fmt: skip
+def test_options_are_looked_at_before_the_work(option, message, capsys):
+    assert main(["--checkpoint=nowhere", option]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_checkpoints_may_follow_one_option_or_several():

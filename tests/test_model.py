@@ -144,7 +144,12 @@ def test_configuration_from_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [(("ViT-Z",), "model is 'ViT-Z'"), (("ViT-B-16", "mine"), "known: openai.*laion2b")]
+    ("arguments", "message"),
+    [
+        (("ViT-Z",), "model is 'ViT-Z'"),
+        (("ViT-B-16", "mine"), "known: openai.*laion2b"),
+        (("coca_ViT-B-32",), "CoCa has a third tower"),
+    ],
 )
 def test_unknown_names(arguments, message):
     with pytest.raises(ValueError, match=message):

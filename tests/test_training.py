@@ -219,6 +219,13 @@ def test_early_stopping_and_the_same_run_again(features_root, tmp_path, capsys):
     assert "holds a run already" in capsys.readouterr().err
 
 
+def test_a_start_that_failed_leaves_its_name(features_root, tmp_path):
+    right = options(features_root, tmp_path)
+    wrong = [f"--data-root={tmp_path / 'nowhere'}" if arg.startswith("--data-root") else arg for arg in right]
+    assert main(wrong) == 2
+    assert main(right) == 0
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(features_root, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(trainer, "contrastive_loss", lambda *a, **k: a[0].sum() * float("nan"))
     assert main(options(features_root, tmp_path)) == 2

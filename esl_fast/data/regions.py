@@ -65,6 +65,8 @@ def _read_split(
 ) -> list[Record]:
     captions_file = root / f"{prefix}_caps.txt"
     images, rest = divmod(len(lines), CAPTIONS_PER_IMAGE)
+    if not images:
+        raise DataError(f"{captions_file}: holds {len(lines)} captions; expected {CAPTIONS_PER_IMAGE} an image")
     if rest or len(array) not in (images, len(lines)):
         raise DataError(
             f"{array.path}: {len(array)} rows do not fit the {len(lines)} captions of {captions_file}; "

@@ -202,6 +202,8 @@ def similarity(
     """
     if tolerance is None:
         return head(image_features, text_features)
+    if not isinstance(head, ESLHead):
+        raise TypeError(f"tolerance leaves levels out of an ESLHead; head is a {type(head).__name__}")
     narrowed = head.narrowed(tolerance)
     with torch.no_grad():
         return narrowed(image_features, text_features), narrowed.bound

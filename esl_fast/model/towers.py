@@ -103,6 +103,8 @@ def open_clip_config(model: str, pretrained: str | None = None) -> dict[str, Any
             f"model is {model!r}: not an open_clip architecture (see open_clip.list_models()), "
             f"a .json file, or one of {', '.join(shipped)}"
         )
+    if "multimodal_cfg" in config:
+        raise ValueError(f"model is {model!r}: CoCa has a third tower; expected an architecture of two")
     config = copy.deepcopy(config)
     config.pop("custom_text", None)
     preprocess = default_preprocess()

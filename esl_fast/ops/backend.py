@@ -10,7 +10,10 @@ _active = "auto"
 
 
 class use_backend:
-    """Choose the implementation of every op: ``"triton"``, ``"torch"`` or ``"auto"`` (Triton on a GPU, else PyTorch).
+    """Choose the implementation of ops: ``"triton"``, ``"torch"`` or ``"auto"`` (Triton on a GPU, else PyTorch).
+
+    What has no kernel is PyTorch either way: the hinge loss of a matrix, pairs picked out by a shortlist or by hardest
+    negatives, captions of more than 128 words.
 
     Takes effect at once and, used as a context manager, is undone at its end:
 
