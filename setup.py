@@ -16,8 +16,8 @@ setup(
     packages=find_packages(include=["esl_fast", "esl_fast.*"]),
     package_data={"esl_fast.model": ["configs/*.json"], "esl_fast.training": ["recipes/*.yaml"]},
     install_requires=[
-        "torch>=2.8",
-        "triton>=3.4; platform_system == 'Linux'",
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
         "open_clip_torch>=2.30",
         "numpy",
         "pillow",

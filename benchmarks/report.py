@@ -110,8 +110,6 @@ def main(arguments: list[str] | None = None) -> None:
         title = environment.title(content["environment"])
         print(f"\n{title}\n")
         print("\n".join(lines(content["results"])))
-        for name, why in content["missing"].items():
-            print(f"\n{name}: {why}")
         picture = path.with_suffix(".png")
         if importlib.util.find_spec("matplotlib") is None:
             print("\nno plots: matplotlib is not installed")

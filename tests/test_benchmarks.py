@@ -14,9 +14,8 @@ from benchmarks.cases import contrastive, ranks
 from esl_fast import reference
 
 CPU = torch.device("cpu")
-CASES, MISSING = registry.find("cpu")
+CASES = registry.find("cpu")
 TINY = {case.name: case for case in map(registry.Case.tiny, CASES)}
-needs_region_word = pytest.mark.skipif("region_word" in MISSING, reason=MISSING.get("region_word", ""))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -41,12 +40,12 @@ def test_parity_and_every_competitor(name):
 
 def test_cases_of_a_gpu_have_distinct_names():
     for device in ("cpu", "cuda"):
-        names = [case.name for case in registry.find(device)[0]]
+        names = [case.name for case in registry.find(device)]
         assert len(names) == len(set(names)) > 0
 
 
 def test_pattern_finds_cases():
-    (case,) = registry.find("cpu", "contrastive*2048")[0]
+    (case,) = registry.find("cpu", "contrastive*2048")
     assert case.name == "contrastive_loss/2048x2048/float32"
 
 
@@ -81,7 +80,6 @@ def test_contrastive_baselines():
             torch.testing.assert_close(result, wanted)
 
 
-@needs_region_word
 def test_region_word_baselines():
     from benchmarks.cases import region_word
 
@@ -151,7 +149,7 @@ def test_wrong_result_is_not_timed(monkeypatch, tmp_path, capsys):
     case = replace(CASES[0], n=5, m=6, memory=())
     broken = registry.Problem({"ours": pytest.fail}, lambda: registry.Parity(1.0, 0.1, "all"), 1.0)
     monkeypatch.setattr(registry.Case, "problem", lambda *_: broken)
-    monkeypatch.setattr(registry, "find", lambda *_: ([case], {}))
+    monkeypatch.setattr(registry, "find", lambda *_: [case])
     monkeypatch.setattr(memory, "limit_to_available", lambda: None)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     assert command.main(["--output", str(tmp_path / "a.json")]) == 1

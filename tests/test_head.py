@@ -441,7 +441,6 @@ def test_compiles_into_one_graph(aggregator):
         torch.testing.assert_close(compiled(images, texts), head(images, texts), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 def test_compiles_to_machine_code():
     head = random_head("heuristic", 32, 2, 2)

@@ -18,7 +18,7 @@ from esl_fast.data import pairs
 from esl_fast.evaluation.main import main as evaluate_main
 from esl_fast.model import checkpoint
 from esl_fast.training import TrainConfig, Trainer, build_data, build_model, main, seed_everything, trainer
-from esl_fast.training.config import parse, recipe
+from esl_fast.training.config import parse
 from esl_fast.training.optim import lr_factor
 from esl_fast.training.runs import find_run, read_metrics
 
@@ -278,7 +278,7 @@ def test_a_config_file_is_overridden_by_the_command_line(tmp_path):
 
 def test_the_official_recipe_is_the_default_on_the_official_data():
     for dataset in ("flickr30k", "coco", "karpathy"):
-        config = TrainConfig(dataset=dataset, **recipe(dataset))
+        config = parse([f"--dataset={dataset}"])
         assert (config.model, config.pretrained, config.seed) == ("ViT-B-16", "openai", 24)
         assert (config.lr, config.head_lr, config.wd, config.eps) == (1e-6, 3e-5, 0.2, 1e-6)
         assert (config.batch_size, config.epochs, config.warmup, config.grad_clip) == (64, 15, 0.1, 1.0)

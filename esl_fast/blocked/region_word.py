@@ -6,7 +6,6 @@ reductions over words and over regions both run over an outer axis with many con
 each block of products anew.
 """
 
-from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -298,29 +297,3 @@ def region_word_similarity(
     captions there are.
     """
     return _forward(region_units, word_units, smooth, word_lengths, region_lengths)
-
-
-def similarity_blocks(
-    region_units: Tensor,
-    word_units: Tensor,
-    smooth: Tensor,
-    word_lengths: Tensor,
-    region_lengths: Tensor | None = None,
-    *,
-    block_images: int = 512,
-    block_captions: int = 4096,
-    similarity: Callable[..., Tensor] = region_word_similarity,
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield `(images, captions, S[images, captions])`, all captions of the first images before the next images.
-
-    `similarity` computes a block; it is given the five leading arguments.
-    """
-    n, m = region_units.shape[0], word_units.shape[0]
-    for first in range(0, n, block_images):
-        images = slice(first, min(first + block_images, n))
-        some = None if region_lengths is None else region_lengths[images]
-        for other in range(0, m, block_captions):
-            captions = slice(other, min(other + block_captions, m))
-            yield images, captions, similarity(
-                region_units[images], word_units[captions], smooth, word_lengths[captions], some
-            )

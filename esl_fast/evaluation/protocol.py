@@ -59,9 +59,9 @@ class Encoder:
         self._tokens: Tensor | None = None
 
     @torch.inference_mode()
-    def encode(self, model: MatchingModel, precision: str = "fp32", progress: bool = True) -> SplitScores:
+    def encode(self, model: MatchingModel, precision: str = "fp32") -> SplitScores:
         """The split's similarity on the model's device; the model is left in evaluation mode."""
-        return self.score(model, self.features(model, precision, progress))
+        return self.score(model, self.features(model, precision))
 
     @torch.inference_mode()
     def score(self, model: MatchingModel, features: tuple[Features, Features]) -> SplitScores:
@@ -72,9 +72,7 @@ class Encoder:
         return SplitScores(scores, owners)
 
     @torch.inference_mode()
-    def features(
-        self, model: MatchingModel, precision: str = "fp32", progress: bool = True
-    ) -> tuple[Features, Features]:
+    def features(self, model: MatchingModel, precision: str = "fp32") -> tuple[Features, Features]:
         """What the model's head takes of all images and captions, on the model's device."""
         model.eval()
         device = next(model.parameters()).device
@@ -88,7 +86,7 @@ class Encoder:
             ("captions", (model.trim(t.long()) for t in self._tokens.split(self.batch_size)), model.encode_text),
         ):
             total = -(-(len(self.split) if name == "images" else len(self._tokens)) // self.batch_size)
-            bar = tqdm(batches, f"encoding {name}", total, leave=False, disable=None if progress else True)
+            bar = tqdm(batches, f"encoding {name}", total, leave=False, disable=None)
             with autocast(device, precision):
                 features.append(concatenate([encode(batch.to(device)).float() for batch in bar]))
             if not isinstance(features[-1], Sequences):

@@ -7,7 +7,7 @@ from esl_fast.ops.contrastive import contrastive_loss
 from esl_fast.ops.contribution import degrees, fold
 from esl_fast.ops.hinge import hinge_loss, region_word_hinge_loss
 from esl_fast.ops.ranks import retrieval_ranks
-from esl_fast.ops.region_word import pack_captions, region_word_blocks, region_word_similarity
+from esl_fast.ops.region_word import pack_captions, region_word_similarity
 from esl_fast.ops.region_word_retrieval import (
     region_word_ranks,
     region_word_rerank,
@@ -20,7 +20,7 @@ from esl_fast.ops.topk import topk
 
 __all__ = [
     "SelectionCache", "aggregate", "aggregator", "checks", "contrastive_loss", "degrees", "fold", "hinge_loss",
-    "pack_captions", "region_word_blocks", "region_word_hinge_loss", "region_word_ranks", "region_word_rerank",
+    "pack_captions", "region_word_hinge_loss", "region_word_ranks", "region_word_rerank",
     "region_word_similarity", "region_word_topk", "rerank", "rerank_ranks", "retrieval_ranks", "similarity",
     "streamed_similarity", "streams", "topk", "use_backend",
 ]  # fmt: skip

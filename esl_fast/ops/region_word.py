@@ -123,28 +123,6 @@ class CaptionBlocks:
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def region_word_blocks(
-    region_units: Tensor,
-    word_units: Tensor,
-    smooth: Tensor | float,
-    word_lengths: Tensor,
-    region_lengths: Tensor | None = None,
-    *,
-    block_images: int = 512,
-    block_captions: int = 4096,
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield ``(images, captions, scores)`` of :func:`region_word_similarity` block by block, images outermost.
-
-    Scores carry gradients if the units do; lengths on a GPU are waited for once.
-    """
-    smooth = check_region_word(region_units, word_units, smooth, word_lengths, region_lengths)
-    blocks = CaptionBlocks(word_units, word_lengths, region_units.device)
-    for images in slices(region_units.shape[0], block_images):
-        some = None if region_lengths is None else region_lengths[images]
-        for captions in slices(word_units.shape[0], block_captions):
-            yield images, captions, blocks.scores(region_units[images], captions, smooth, some)
-
-
 def slices(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 

@@ -173,11 +173,6 @@ def recipe_name(dataset: str, similarity: str = "esl-heuristic", data_root: str 
     return RECIPE_OF.get(dataset, official)
 
 
-def recipe(dataset: str, similarity: str = "esl-heuristic", data_root: str | None = None) -> dict[str, Any]:
-    """Default options for a data set."""
-    return load_yaml(RECIPES / f"{recipe_name(dataset, similarity, data_root)}.yaml")
-
-
 def _images_in(data_root: str | None) -> int:
     """Images to train on in a folder of regions; 0 where there is none to count, which loading complains about."""
     try:

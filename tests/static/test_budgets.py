@@ -12,16 +12,25 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
 CASES = [
-    pytest.param(
-        module,
-        case,
-        target,
-        id=f"{module}.{case.name}-{target}",
-        marks=[] if target == "sm_90" else [pytest.mark.slow],
-    )
+    pytest.param(module, case, target, id=f"{module}.{case.name}-{target}")
     for module, case in inspect.cases()
     for target in case.targets
 ]
+# Bytes of stack a thread where registers do not suffice; everything else has none, on sm_90 without exception.
+SPILLS = {
+    ("aggregate.adaptive_backward_1152_normalized_fp32", "sm_80"): 40,
+    ("aggregate.adaptive_backward_1152_raw_fp32", "sm_80"): 40,
+    ("contrastive.contrastive_online_32k_diagonal_fp32_pointer", "sm_80"): 16,
+    ("contrastive.contrastive_gradient_4k_x_32k_diagonal_fp32_pointer", "sm_80"): 8,
+    ("paired.paired_25k_owned_fp32", "sm_80"): 8,
+    ("contrastive.contrastive_sums_32k_positive_bf16_tma", "sm_100"): 8,
+    ("contrastive.contrastive_sums_32k_positive_bf16_pointer", "sm_100"): 56,
+    ("contrastive.contrastive_online_32k_positive_bf16_tma", "sm_100"): 32,
+    ("contrastive.contrastive_online_32k_ignore_bf16_pointer", "sm_100"): 88,
+    ("contribution.fold_bf16_tma_sm_90", "sm_100"): 16,
+    ("ranks.count_5k_bf16_pointer", "sm_100"): 8,
+    ("similarity.similarity_5k_tf32_pointer", "sm_100"): 24,
+}
 
 
 @pytest.mark.parametrize(("module", "case", "target"), CASES)
@@ -29,9 +38,8 @@ def test_budget(module, case, target):
     report = inspect.inspect_case(module, case, target)
     assert not report.error, report.error
     assert report.shared <= inspect.SHARED_MEMORY[target]
+    assert report.stack <= SPILLS.get((f"{module}.{case.name}", target), 0), "spilled registers"
     if target == "sm_90":
-        assert report.stack == 0, "spilled registers"
-        assert report.registers <= 255
         assert (report.wgmma > 0) >= case.wants_wgmma
     if target in ("sm_90", "sm_100") and any(kind.startswith("tensordesc") for kind in case.signature.values()):
         assert report.tma > 0
