@@ -1,6 +1,9 @@
 """esl_fast: Enhanced Semantic Similarity Learning for image-text matching, as fast as the hardware allows."""
 
-from esl_fast.model import ESLHead, RegionWordHead, load_checkpoint, save_checkpoint, similarity
+from typing import Any
+
+from esl_fast import model
+from esl_fast.model import ESLHead, RegionWordHead, similarity
 from esl_fast.ops import contrastive_loss, retrieval_ranks, topk, use_backend
 
 __version__ = "0.1.0"
@@ -8,3 +11,9 @@ __all__ = [
     "ESLHead", "RegionWordHead", "contrastive_loss", "load_checkpoint", "retrieval_ranks", "save_checkpoint",
     "similarity", "topk", "use_backend",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(model, name)  # what needs open_clip, imported when it is asked for

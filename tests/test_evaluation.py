@@ -1,16 +1,19 @@
 """Ranks, metrics and the evaluation protocol."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from helpers import clip_config, small_model
 
 from esl_fast.data import Split
 from esl_fast.evaluation import chance_rsum, evaluate, ranks_from_similarity, recall_metrics, table
-from esl_fast.evaluation.main import collect_checkpoints, main
-from esl_fast.model import MatchingModel, ModelConfig
+from esl_fast.evaluation.main import EvaluateConfig, collect_checkpoints, main
+from esl_fast.model import MatchingModel, ModelConfig, save_checkpoint
 from esl_fast.reference.ranks import retrieval_ranks
+from esl_fast.scripts import with_underscores
 
 
 def arrays(features: np.ndarray, captions_each: int, name: str = "test") -> Split:
@@ -123,6 +126,36 @@ def test_units_that_are_not_finite_are_named(side):
 def test_options_are_looked_at_before_the_work(option, message, capsys):
     assert main(["--checkpoint=nowhere", option]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "the data set has pixels; the model takes features of 6 numbers"),
+        ({"image_tower": "regions"}, "the data set has pixels; the model takes regions of 6 numbers"),
+    ],
+)
+def test_a_checkpoint_must_fit_the_data(changes, message, tmp_path, capsys):
+    save_checkpoint(MatchingModel(replace(tiny_model(0).config, **changes)), tmp_path / "model")
+    assert main([f"--checkpoint={tmp_path / 'model'}", "--dataset=synthetic"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_models_say_what_fits():
+    model = tiny_model(0)
+    model.check_fits("features", 6)
+    with pytest.raises(ValueError, match="has features of 7 numbers; the model takes features of 6"):
+        model.check_fits("features", 7)
+    clip = clip_config(text_cfg=clip_config()["text_cfg"] | {"vocab_size": 64})
+    with pytest.raises(ValueError, match="knows 64 tokens"):
+        small_model(clip=clip).check_fits("pixels", None)
+
+
+def test_switches_need_no_value():
+    assert with_underscores(["--five-folds", "--output", "a"], EvaluateConfig) == ["--five_folds=true", "--output", "a"]
+    assert with_underscores(["--five-folds"], EvaluateConfig) == ["--five_folds=true"]
+    given = ["--five-folds", "false", "--save-similarity=a-b"]
+    assert with_underscores(given, EvaluateConfig) == ["--five_folds", "false", "--save_similarity=a-b"]
 
 
 def test_checkpoints_may_follow_one_option_or_several():

@@ -2,6 +2,8 @@
 
 import copy
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from helpers import (
     relative_error,
 )
 
-from esl_fast import ESLHead, blocked, reference
+from esl_fast import ESLHead, blocked, reference, similarity
 from esl_fast.model import SIMILARITIES, CosineHead, Head, make_head, official
 
 GOLDEN = [pytest.param(path, id=path.stem) for path in golden_files("clip_*.safetensors")]
@@ -406,6 +408,16 @@ def test_non_finite_features_are_named_by_every_head(make, aggregator):
         with pytest.raises(ValueError, match="2 of 40 rows: 0, 17"):
             head(images, texts)
     assert head(more[:0], more).shape == (0, 90)
+
+
+def test_a_head_needs_no_towers():
+    code = "import sys; sys.modules['open_clip'] = None; import esl_fast; esl_fast.ESLHead(64, num_levels=2)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_tolerance_is_for_levels():
+    with pytest.raises(TypeError, match="head is a CosineHead"):
+        similarity(GOOD, GOOD, CosineHead(64), tolerance=0.1)
 
 
 def test_huge_but_finite_features_pass():

@@ -54,6 +54,7 @@ class ContrastiveLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     @without_autocast
     def backward(ctx, grad):
         images, texts, logit_scale, image_ids, text_ids, row_lse, column_lse, *rest = ctx.saved_tensors

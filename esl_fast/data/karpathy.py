@@ -88,7 +88,7 @@ def _load(
 
 
 def _relative_path(entry: dict) -> Path:
-    return Path(str(entry.get("filepath", "")), str(entry["filename"]))
+    return Path(str(entry.get("filepath") or ""), str(entry["filename"]))
 
 
 def _image_folder(

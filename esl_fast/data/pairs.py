@@ -61,7 +61,7 @@ def tokenize_all(captions: list[str], tokenize: Callable[[list[str]], Tensor]) -
     starts = range(0, len(captions), TOKENIZE_BLOCK)
     blocks = [
         tokenize(captions[start : start + TOKENIZE_BLOCK]).int()
-        for start in tqdm(starts, desc="tokenizing", unit="block", disable=len(captions) <= 20_000)
+        for start in tqdm(starts, desc="tokenizing", unit="block", disable=True if len(captions) <= 20_000 else None)
     ]
     return torch.cat(blocks)
 

@@ -142,7 +142,7 @@ def read_records(
         with problems.tolerated():
             where = f"{path}: record {index}"
             file_name = _required(entry, name_key, str, where)
-            name = (PurePath(str(entry.get("filepath", ""))) / file_name).as_posix()
+            name = (PurePath(str(entry.get("filepath") or "")) / file_name).as_posix()
             where = f"{where} ('{name}')"
             if name in first_with:
                 raise DataError(f"{where}: the same image is already record {first_with[name]}")

@@ -13,6 +13,7 @@ from esl_fast.evaluation.metrics import chance_rsum
 from esl_fast.evaluation.protocol import evaluate
 from esl_fast.evaluation.report import table
 from esl_fast.model import MatchingModel, load_checkpoint
+from esl_fast.model.sequence_towers import read_bert
 from esl_fast.model.towers import pick_device
 from esl_fast.scripts import build_data, reporting_errors, with_underscores
 
@@ -34,6 +35,8 @@ class EvaluateConfig:
         rerank: Two-stage retrieval with a region-word checkpoint: so many candidates of each query are found by a
             global similarity, and only those are sorted by regions and words.
         shortlist: Checkpoint whose global similarity finds them; by default the cosine of the mean region and word.
+        bert: Folder with the vocabulary of BERT, which official region-word checkpoints lack; else it is asked of the
+            Hugging Face hub.
         batch_size: Images or captions encoded at a time.
         workers: Processes that load images; 0 loads in the main process.
         precision: fp32, bf16 or fp16 (mixed precision in the towers).
@@ -53,6 +56,7 @@ class EvaluateConfig:
     five_folds: bool = False
     rerank: int | None = None
     shortlist: str | None = None
+    bert: str | None = None
     batch_size: int = 256
     workers: int = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -67,7 +71,7 @@ def parse(argv: Sequence[str]) -> EvaluateConfig:
     parser = ArgumentParser(prog="train/evaluate.py", description=EvaluateConfig.__doc__.splitlines()[0])
     parser.add_argument("--config", action="config", help="YAML file of options; the command line overrides it.")
     parser.add_class_arguments(EvaluateConfig, as_group=False)
-    options = parser.parse_args(collect_checkpoints(with_underscores(argv))).as_dict()
+    options = parser.parse_args(collect_checkpoints(with_underscores(argv, EvaluateConfig))).as_dict()
     options.pop("config", None)
     return EvaluateConfig(**options)
 
@@ -97,15 +101,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(config: EvaluateConfig) -> int:
     device = pick_device(config.device)
 
-    def load(path: str) -> MatchingModel:
-        return load_checkpoint(path).to(device)
-
     if config.shortlist is not None and config.rerank is None:
         raise ValueError("--shortlist is given without --rerank: how many candidates should it find?")
     for name, path in (("output", config.output), ("save-similarity", config.save_similarity)):
         if path is not None:
             check_writable(f"--{name}", Path(path))
     data = build_data(config, config.split)
+
+    def load(path: str) -> MatchingModel:
+        model = load_checkpoint(path)
+        if config.bert is not None and model.config.text_tower == "bert":
+            model.config.bert["vocabulary"] = read_bert(config.bert)[0]["vocabulary"]
+        try:
+            model.check_fits(data.image_kind, data.feature_dim)
+        except ValueError as error:
+            raise ValueError(f"{path} does not fit --dataset {config.dataset}: {error}") from error
+        return model.to(device)
+
     result = evaluate(
         [partial(load, path) for path in config.checkpoint],
         getattr(data, config.split),

@@ -1,6 +1,8 @@
 """Models: towers, heads, checkpoints."""
 
-from esl_fast.model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+import importlib
+from typing import Any
+
 from esl_fast.model.heads import (
     REGION_WORD_SIMILARITIES,
     SIMILARITIES,
@@ -11,8 +13,23 @@ from esl_fast.model.heads import (
     make_head,
     similarity,
 )
-from esl_fast.model.model import MatchingModel, ModelConfig
 from esl_fast.model.region_word import RegionWordHead
+
+# A head needs no towers: open_clip, slow to import, is imported with the first of these.
+_WITH_TOWERS = {
+    "CheckpointError": "checkpoint",
+    "MatchingModel": "model",
+    "ModelConfig": "model",
+    "load_checkpoint": "checkpoint",
+    "save_checkpoint": "checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WITH_TOWERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_WITH_TOWERS[name]}"), name)
+
 
 __all__ = [
     "REGION_WORD_SIMILARITIES", "SIMILARITIES", "CheckpointError", "CosineHead", "ESLHead", "Head", "MatchingModel",

@@ -55,9 +55,9 @@ class Head(nn.Module):
     def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Similarity ``(N, M)`` of image features ``(N, d)`` and text features ``(M, d)``.
 
-        Features as they come from the towers (not normalised), any float dtype; the result has their dtype.
-        Raises TypeError or ValueError for integer tensors, wrong sizes, different devices and (on a CPU)
-        non-finite features.
+        Features as they come from the towers (not normalised), any float dtype; the result has their dtype. A feature
+        of zeros has no direction: its scores are NaN. Raises TypeError or ValueError for integer tensors, wrong sizes,
+        different devices and (on a CPU) non-finite features.
         """
         self._check(image_features, text_features)
         if not ops.streams(image_features, text_features):

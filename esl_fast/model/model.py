@@ -157,6 +157,21 @@ class MatchingModel(nn.Module):
             return sequence_towers.bert_tokenizer(self.config.bert)
         return towers.make_tokenizer(self.config.clip)
 
+    def check_fits(self, image_kind: str, feature_dim: int | None) -> None:
+        """ValueError unless the towers take such images (see `DataSet`) and every token that the tokenizer makes."""
+        own = "pixels" if self.config.image_tower == "open_clip" else self.config.image_tower
+        if own != image_kind or (own != "pixels" and feature_dim != self.config.feature_dim):
+            given, taken = (
+                kind if kind == "pixels" else f"{kind} of {dim} numbers"
+                for kind, dim in ((image_kind, feature_dim), (own, self.config.feature_dim))
+            )
+            raise ValueError(f"the data set has {given}; the model takes {taken}")
+        text = (self.config.clip or {}).get("text_cfg", {})
+        if self.config.text_tower == "open_clip" and not text.get("hf_tokenizer_name"):
+            known = text.get("vocab_size", towers.CLIP_VOCABULARY)
+            if known < towers.CLIP_VOCABULARY:
+                raise ValueError(f"the model knows {known} tokens, CLIP's tokenizer makes {towers.CLIP_VOCABULARY}")
+
     @property
     def special_tokens(self) -> towers.SpecialTokens:
         """Token ids that are no words. Raises ValueError for a tokenizer whose ids are not known here."""

@@ -47,8 +47,8 @@ class RegionWordHead(LevelHead):
         sequences.check("words", words, self.embed_dim, "caption", "words")
         ops.checks.same_device(regions=regions.vectors, words=words.vectors, w=self.contribution.w)
         common = torch.promote_types(regions.vectors.dtype, words.vectors.dtype)
-        region_units = self.image(_without_padding(regions).to(common))
-        word_units = self.text(_without_padding(words).to(common))
+        region_units = self.image(_without_padding("regions", regions).to(common))
+        word_units = self.text(_without_padding("words", words).to(common))
         # The caption stands on the left of D: a word is folded as the image of the global variant is.
         if word_units.shape[:2].numel() <= region_units.shape[:2].numel():
             word_units = self.contribution.fold(word_units, "image")
@@ -75,6 +75,9 @@ class RegionWordHead(LevelHead):
         return self.scores(Sequences(regions, region_lengths), Sequences(words, word_lengths)).matrix()
 
 
-def _without_padding(features: Sequences) -> Tensor:
+def _without_padding(name: str, features: Sequences) -> Tensor:
+    """Vectors whose padding is 0; ValueError naming the items of those that are not finite."""
     padding = features.padding()
-    return features.vectors if padding is None else features.vectors.masked_fill(padding.unsqueeze(-1), 0)
+    vectors = features.vectors if padding is None else features.vectors.masked_fill(padding.unsqueeze(-1), 0)
+    ops.checks.finite(name, vectors)
+    return vectors

@@ -1,5 +1,7 @@
 """Best matches of each query."""
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -26,9 +28,9 @@ def topk(query_units: Tensor, gallery_units: Tensor, k: int) -> tuple[Tensor, Te
     """
     checks.matrix("query_units", query_units)
     checks.matrix("gallery_units", gallery_units, query_units.shape[1])
-    if not isinstance(k, int) or k < 1:
+    if not isinstance(k, Integral) or k < 1:
         raise ValueError(f"k is {k!r}; expected a positive integer")
-    k = min(k, gallery_units.shape[0])
+    k = min(int(k), gallery_units.shape[0])
     if use_kernels(query_units) and k and gallery_units.dtype != torch.float64:
         from esl_fast.kernels import topk as kernel  # Triton is imported only where it is used
 

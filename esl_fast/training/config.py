@@ -201,7 +201,7 @@ def parse(argv: Sequence[str]) -> TrainConfig:
 
     from esl_fast.training.runs import find_run
 
-    argv = with_underscores(argv)
+    argv = with_underscores(argv, TrainConfig)
 
     def parser(**kwargs: Any) -> ArgumentParser:
         parser = ArgumentParser(prog="train/run.py", description=TrainConfig.__doc__.splitlines()[0], **kwargs)
