@@ -1,4 +1,4 @@
-"""esl_fast: Enhanced Semantic Similarity Learning for image-text matching, as fast as the hardware allows."""
+"""esl_fast: Enhanced Semantic Similarity Learning for image-text matching."""
 
 from typing import Any
 
