@@ -15,11 +15,17 @@ def reporting_errors(run: Callable[[], int]) -> int:
     try:
         return run()
     except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_message(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _message(error: Exception) -> str:
+    """What it says; of an error in a loader's worker process the last line, which the traceback there ends with."""
+    text = str(error)
+    return text.strip().splitlines()[-1].partition(": ")[2] if "in DataLoader worker process" in text else text
 
 
 def with_underscores(argv: Sequence[str], options: type) -> list[str]:

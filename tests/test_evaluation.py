@@ -13,7 +13,7 @@ from esl_fast.evaluation import chance_rsum, evaluate, ranks_from_similarity, re
 from esl_fast.evaluation.main import EvaluateConfig, collect_checkpoints, main
 from esl_fast.model import MatchingModel, ModelConfig, save_checkpoint
 from esl_fast.reference.ranks import retrieval_ranks
-from esl_fast.scripts import with_underscores
+from esl_fast.scripts import reporting_errors, with_underscores
 
 
 def arrays(features: np.ndarray, captions_each: int, name: str = "test") -> Split:
@@ -149,6 +149,14 @@ def test_models_say_what_fits():
     clip = clip_config(text_cfg=clip_config()["text_cfg"] | {"vocab_size": 64})
     with pytest.raises(ValueError, match="knows 64 tokens"):
         small_model(clip=clip).check_fits("pixels", None)
+
+
+def test_errors_of_worker_processes_are_one_line(capsys):
+    def run():
+        raise ValueError("Caught DataError in DataLoader worker process 0.\nOriginal Traceback ...\nDataError: a: bad\n")
+
+    assert reporting_errors(run) == 2
+    assert capsys.readouterr().err == "error: a: bad\n"
 
 
 def test_switches_need_no_value():
