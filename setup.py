@@ -8,7 +8,7 @@ BERT = ["transformers"]
 setup(
     name="esl_fast",
     version="0.1.0",
-    description="Enhanced Semantic Similarity Learning (ESL) for image-text matching: fused kernels, training, evaluation",
+    description="Enhanced Semantic Similarity Learning (ESL): fused kernels, training, evaluation",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",

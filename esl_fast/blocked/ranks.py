@@ -1,6 +1,7 @@
 """Ranks both ways from units, tile by tile: the matrix is never held."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,24 @@ def owner_blocks(counts: list[int]) -> list[tuple[int, int]]:
     return blocks
 
 
+class ByOwner(NamedTuple):
+    """Captions in the order of their images."""
+
+    order: Tensor  # (M,) int64
+    owners: Tensor  # (M,) of the captions in that order
+    counts: Tensor  # (N,) captions an image
+    starts: list[int]  # where each image's captions begin, and M
+    sorted: bool  # whether they lie in that order already
+
+
+def by_owner(owners: Tensor, n: int) -> ByOwner:
+    order = owners.argsort(stable=True)
+    counts = torch.bincount(owners, minlength=n)
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).tolist()
+    in_order = torch.equal(order, torch.arange(len(order), device=order.device))
+    return ByOwner(order, owners[order], counts, starts, in_order)
+
+
 def retrieval_ranks(image_units: Tensor, folded_text_units: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`esl_fast.reference.ranks.retrieval_ranks` of their product; an image without captions ranks M.
 
@@ -35,11 +54,7 @@ def retrieval_ranks(image_units: Tensor, folded_text_units: Tensor, owners: Tens
     counted later, a positive never loses to its own rounding.
     """
     n, m = image_units.shape[0], folded_text_units.shape[0]
-    order = owners.argsort(stable=True)
-    sorted_owners = owners[order]
-    counts = torch.bincount(owners, minlength=n)
-    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).tolist()
-    in_order = torch.equal(order, torch.arange(m, device=order.device))
+    order, sorted_owners, counts, starts, in_order = by_owner(owners, n)
     texts = folded_text_units if in_order else folded_text_units[order]
     blocks = owner_blocks(counts.tolist())
     compute = torch.promote_types(image_units.dtype, torch.float32)

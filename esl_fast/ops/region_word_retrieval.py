@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from esl_fast._autocast import without_autocast
-from esl_fast.blocked.ranks import owner_blocks
+from esl_fast.blocked.ranks import by_owner, owner_blocks
 from esl_fast.blocked.region_word_pairs import candidate_scores
 from esl_fast.blocked.topk import stable_topk
 from esl_fast.ops import checks
@@ -54,12 +54,7 @@ def region_word_ranks(
     checks.same_device(region_units=region_units, owners=owners)
     _check_finite("region_units", region_units, region_lengths)
     _check_finite("word_units", word_units, word_lengths)
-    owners = owners.long()
-    order = owners.argsort(stable=True)
-    sorted_owners = owners[order]
-    counts = torch.bincount(owners, minlength=n)
-    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).tolist()
-    in_order = torch.equal(order, torch.arange(m, device=order.device))
+    order, sorted_owners, counts, starts, in_order = by_owner(owners.long(), n)
     captions = CaptionBlocks(word_units, word_lengths, region_units.device, None if in_order else order)
     # Every caption lies in the diagonal tile of its image.
     blocks = [
