@@ -171,6 +171,48 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_by_bit(features_root, t
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_in_a_destructor_is_not_lost(features_root, tmp_path, monkeypatch, capsys):
+    class Dying:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0)  # Python handles the signal here, and drops what its handler raises
+
+    whole = Trainer._train_epoch
+
+    def epoch(self, number):
+        Dying()
+        whole(self, number)
+
+    monkeypatch.setattr(Trainer, "_train_epoch", epoch)
+    assert main(options(features_root, tmp_path)) == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM at step 1 of 27; saved" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("second", "status"), [(signal.SIGTERM, 128 + signal.SIGINT), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
+)
+def test_only_a_second_ctrl_c_cuts_saving_short(features_root, tmp_path, monkeypatch, capsys, second, status):
+    save, step = Trainer._save, Trainer._train_step
+
+    def interrupted(self, batch):
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(self, batch)
+
+    def again(self, name):
+        if self.step:
+            os.kill(os.getpid(), second)
+        return save(self, name)
+
+    monkeypatch.setattr(Trainer, "_train_step", interrupted)
+    monkeypatch.setattr(Trainer, "_save", again)
+    assert main(options(features_root, tmp_path)) == status
+    assert ("saved" in capsys.readouterr().err) == (second == signal.SIGTERM)
+    assert json.loads((tmp_path / "run" / "last" / "training.json").read_text())["progress"]["step"] == (
+        1 if second == signal.SIGTERM else 0
+    )
+
+
 def test_accumulation_sees_the_whole_batch(features_root, tmp_path):
     for freq in (1, 3):
         assert main(options(features_root, tmp_path / str(freq), f"--accum-freq={freq}", "--grad-clip=0")) == 0

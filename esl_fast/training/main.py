@@ -45,7 +45,8 @@ def train(config: TrainConfig) -> int:
         result = trainer.fit()
     except Interrupted as interrupt:
         print(
-            f"\nstopped by {interrupt} at step {trainer.step} of {trainer.total_steps}; saved. "
+            f"\nstopped by {interrupt} at step {trainer.step} of {trainer.total_steps}; "
+            f"{'saved' if interrupt.saved else 'this step is not saved'}. "
             f"Continue with: python train/run.py --resume {run}",
             file=sys.stderr,
         )

@@ -1,6 +1,7 @@
 """The training loop."""
 
 import math
+import os
 import signal
 import time
 import warnings
@@ -31,12 +32,12 @@ from esl_fast.training.state import read_state, write_state
 PROGRESS = ("step", "best_rsum", "evals_since_best", "latest_r1", "validated_step")
 
 
-class Interrupted(Exception):
-    """Training was asked to stop and has saved its state; ``signal`` says by what."""
+class Interrupted(KeyboardInterrupt):
+    """Training was asked to stop; ``signal`` says by what, ``saved`` whether its state is saved."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
-        self.signal = number
+        self.signal, self.saved = number, False
 
 
 class Trainer:
@@ -80,6 +81,7 @@ class Trainer:
 
         Raises:
             Interrupted: on Ctrl-C or SIGTERM, after saving.
+            KeyboardInterrupt: on a second Ctrl-C, at once.
             FloatingPointError: the loss is not finite.
         """
         with self._catching_signals():
@@ -90,9 +92,9 @@ class Trainer:
                         tqdm.write(f"stopping early: no better rsum in {self.evals_since_best} evaluations")
                         break
                     self._train_epoch(epoch)
-            except Interrupted:
-                # A second signal while saving is the wish to stop at once.
-                self._save(LAST)
+                    self._stop_if_asked()
+            except Interrupted as interrupt:
+                interrupt.saved = self._save(LAST)
                 raise
         result = evaluate(
             [lambda: load_checkpoint(self.run / BEST).to(self.device)],
@@ -263,7 +265,7 @@ class Trainer:
             self._save(BEST)
         self._save(LAST)
 
-    def _save(self, name: str) -> None:
+    def _save(self, name: str) -> bool:
         """A checkpoint that replaces its predecessor whole or not at all; a failure must not cost the run."""
         progress = {name: getattr(self, name) for name in PROGRESS} | {"scaler": self.scaler.state_dict()}
         try:
@@ -277,6 +279,8 @@ class Trainer:
                 "Make room; training goes on and saves again after the next evaluation.",
                 stacklevel=2,
             )
+            return False
+        return True
 
     def _restore(self) -> None:
         folder = existing(self.run / LAST)
@@ -293,11 +297,18 @@ class Trainer:
     @contextmanager
     def _catching_signals(self) -> Iterator[None]:
         """Ctrl-C and SIGTERM raise Interrupted, but for what is :meth:`_uninterrupted` only after it."""
+        process = os.getpid()
 
         def handle(number: int, frame: Any) -> None:
-            if not self._inseparable:
-                raise Interrupted(number)
-            self._signal = number
+            if os.getpid() != process:
+                return  # a forked worker, which its parent will stop
+            if self._signal is None:
+                # Remembered too, because Python drops what is raised in a destructor or fork hook.
+                self._signal = number
+                if not self._inseparable:
+                    raise Interrupted(number)
+            elif number == signal.SIGINT:
+                raise KeyboardInterrupt  # SIGTERM may come twice from one `timeout`, a second Ctrl-C is meant
 
         previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -314,6 +325,9 @@ class Trainer:
             yield
         finally:
             self._inseparable = False
+        self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
         if self._signal is not None:
             raise Interrupted(self._signal)
 
