@@ -213,6 +213,26 @@ def test_only_a_second_ctrl_c_cuts_saving_short(features_root, tmp_path, monkeyp
     )
 
 
+def test_a_wrong_override_leaves_the_run_as_it_was(features_root, tmp_path, capsys):
+    assert main(options(features_root, tmp_path)) == 0
+    before = (tmp_path / "run" / "train.yaml").read_bytes()
+    assert main(["--resume=latest", f"--logs={tmp_path}", "--embed-dim=16"]) == 2
+    assert "cannot resume from" in capsys.readouterr().err
+    assert (tmp_path / "run" / "train.yaml").read_bytes() == before
+
+
+def test_a_configuration_starts_another_run_also_after_a_resume(features_root, tmp_path, capsys):
+    assert main(options(features_root, tmp_path, "--epochs=1")) == 0
+    assert main(["--resume=latest", f"--logs={tmp_path}"]) == 0
+    file = tmp_path / "run" / "train.yaml"
+    assert main([f"--config={file}", "--name=new"]) == 0
+    assert losses(tmp_path / "new") == losses(tmp_path / "run")
+    file.write_text(file.read_text().replace("resume: null", f"resume: {tmp_path / 'run'}"))
+    assert main([f"--config={file}", "--name=newer"]) == 2
+    assert "say it on the command line" in capsys.readouterr().err
+    assert not (tmp_path / "newer").exists()
+
+
 def test_accumulation_sees_the_whole_batch(features_root, tmp_path):
     for freq in (1, 3):
         assert main(options(features_root, tmp_path / str(freq), f"--accum-freq={freq}", "--grad-clip=0")) == 0

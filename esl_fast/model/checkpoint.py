@@ -58,6 +58,18 @@ def replacing(folder: Path) -> Iterator[Path]:
         raise
 
 
+def replace_text(path: Path, text: str) -> None:
+    """A text file that takes the place of ``path`` whole or not at all."""
+    new = path.with_name(f"{path.name}.tmp")
+    try:
+        new.write_text(text)
+        _sync(new)
+        new.replace(path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+
+
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:

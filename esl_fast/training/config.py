@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
+from esl_fast.model.checkpoint import replace_text
 from esl_fast.model.heads import REGION_WORD_SIMILARITIES, SIMILARITIES
 from esl_fast.scripts import with_underscores
 
@@ -78,7 +79,7 @@ class TrainConfig:
         logs: Folder that holds the runs.
         name: Name of this run's folder; by default made of data set, similarity and time.
         resume: latest or a run's folder: continue that run where it stopped, with its configuration; options given
-            beside it override.
+            beside it override. On the command line only.
         log_every: Steps between two lines of metrics.jsonl.
     """
 
@@ -158,7 +159,8 @@ class TrainConfig:
         return asdict(self)
 
     def save(self, run: Path) -> None:
-        (run / CONFIG_FILE).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+        """As a file for ``--config``, which starts another run like this one."""
+        replace_text(run / CONFIG_FILE, yaml.safe_dump(self.to_dict() | {"resume": None}, sort_keys=False))
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -195,7 +197,8 @@ def _defaults(asked: Any) -> dict[str, Any]:
 def parse(argv: Sequence[str]) -> TrainConfig:
     """Configuration from the command line over a YAML file over the data set's recipe (or the resumed run's own).
 
-    Exits with a message for unknown or badly typed options, ``--help`` and ``--print_config``.
+    Exits with a message for unknown or badly typed options, ``--help`` and ``--print_config``. Raises ValueError for
+    values out of range, and FileNotFoundError without a run to resume.
     """
     from jsonargparse import ArgumentParser
 
@@ -212,6 +215,8 @@ def parse(argv: Sequence[str]) -> TrainConfig:
     # A first look, only to learn which defaults hold: those of the run to resume or of the recipe.
     looking = [arg for arg in argv if arg not in ("-h", "--help") and not arg.startswith("--print_config")]
     asked = parser().parse_args(looking)
+    if asked.resume and not any(arg.partition("=")[0] == "--resume" for arg in argv):
+        raise ValueError(f"a --config file says resume: {asked.resume}; say it on the command line with --resume")
     defaults = load_yaml(find_run(asked.resume, asked.logs) / CONFIG_FILE) if asked.resume else _defaults(asked)
     final = parser()
     final.set_defaults(defaults)

@@ -33,8 +33,8 @@ def train(config: TrainConfig) -> int:
     started = time.perf_counter()
     data = build_data(config)
     model = build_model(config, data).to(device)
-    config.save(run)
     trainer = Trainer(config, data, model, run, resume=resuming)
+    config.save(run)
     print(
         f"{data.name}: {len(data.train)} / {len(data.val)} / {len(data.test)} images to train / validate / test"
         f"{f', {data.skipped} records skipped' if data.skipped else ''}; {config.similarity} on {device}, "

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from esl_fast.model.checkpoint import existing
+from esl_fast.model.checkpoint import existing, replace_text
 
 METRICS, RESULTS, CURVES = "metrics.jsonl", "results.json", "curves.png"
 LAST, BEST = "last", "best"
@@ -57,7 +57,7 @@ class RunLog:
         self.path = run / METRICS
         if resumed_step is not None:
             kept = [entry for entry in read_metrics(run) if entry["step"] <= resumed_step]
-            self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+            replace_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
         self._board = SummaryWriter(run / "tensorboard", purge_step=resumed_step and resumed_step + 1)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
