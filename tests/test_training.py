@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -271,6 +272,51 @@ def test_a_full_disk_costs_a_warning_not_the_run(features_root, tmp_path, monkey
         assert main(options(features_root, tmp_path)) == 0
     assert load_checkpoint(tmp_path / "run" / "last") is not None
     assert not list((tmp_path / "run").glob("*.tmp-*"))
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_disk_that_is_full_from_the_start_is_one_error(features_root, tmp_path, monkeypatch, capsys, failing):
+    save, calls = checkpoint.save_file, []
+
+    def full(*args):
+        calls.append(args)
+        if len(calls) >= failing:
+            raise OSError(28, "No space left on device")
+        save(*args)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    assert main(options(features_root, tmp_path)) == 2
+    assert "the first checkpoint of its name: [Errno 28] No space left" in capsys.readouterr().err
+    assert len(calls) == failing
+
+
+@pytest.mark.parametrize(("freed", "rsum"), [(True, 40), (False, 10)])
+@pytest.mark.filterwarnings("ignore:could not save")
+def test_the_best_is_the_best_that_was_saved(features_root, tmp_path, monkeypatch, recwarn, freed, rsum):
+    """Of validation rsums 10, 50, 40, the second cannot be saved."""
+    save, rsums = Trainer._save, iter([10, 50, 40])
+    full = {1} if freed else {1, 2}
+
+    def validated(self, model, precision):
+        values = dict.fromkeys(("i2t_r1", "t2i_r1", "i2t_r5", "t2i_r5", "i2t_r10", "t2i_r10"), 0.0)
+        return types.SimpleNamespace(metrics=lambda: values | {"rsum": float(next(rsums))})
+
+    def no_room(*args):
+        raise OSError(28, "No space left on device")
+
+    def failing(self, name):
+        with monkeypatch.context() as context:
+            if name == "best" and self.step // self.steps_per_epoch in full:
+                context.setattr(checkpoint, "save_file", no_room)
+            return save(self, name)
+
+    monkeypatch.setattr(trainer.Encoder, "encode", validated)
+    monkeypatch.setattr(Trainer, "_save", failing)
+    assert main(options(features_root, tmp_path, "--epochs=2", "--evals-per-epoch=1")) == 0
+    progress = json.loads((tmp_path / "run" / "last" / "training.json").read_text())["progress"]
+    assert progress["best_rsum"] == rsum
+    messages = [str(warning.message) for warning in recwarn]
+    assert any("validation rsum 50.0, could not be saved" in message for message in messages)
 
 
 def test_early_stopping_and_the_same_run_again(features_root, tmp_path, capsys):

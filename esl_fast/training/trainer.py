@@ -29,7 +29,7 @@ from esl_fast.training.runs import BEST, LAST, RunLog
 from esl_fast.training.state import read_state, write_state
 
 # What a checkpoint remembers of the trainer itself.
-PROGRESS = ("step", "best_rsum", "evals_since_best", "latest_r1", "validated_step")
+PROGRESS = ("step", "best_rsum", "unsaved_rsum", "evals_since_best", "latest_r1", "validated_step")
 
 
 class Interrupted(KeyboardInterrupt):
@@ -69,6 +69,7 @@ class Trainer:
         self.eval_points = {round(k * self.steps_per_epoch / evaluations) for k in range(1, evaluations + 1)}
         self.validation = Encoder(data.val, config.eval_batch_size, config.workers, cache_bytes=1 << 30)
         self.step, self.best_rsum, self.evals_since_best, self.latest_r1 = 0, -1.0, 0, 0.0
+        self.unsaved_rsum = -1.0
         self.validated_step = -1
         if resume:
             self._restore()
@@ -83,6 +84,7 @@ class Trainer:
             Interrupted: on Ctrl-C or SIGTERM, after saving.
             KeyboardInterrupt: on a second Ctrl-C, at once.
             FloatingPointError: the loss is not finite.
+            OSError: not even a first checkpoint can be saved.
         """
         with self._catching_signals():
             try:
@@ -96,6 +98,12 @@ class Trainer:
             except Interrupted as interrupt:
                 interrupt.saved = self._save(LAST)
                 raise
+        if self.unsaved_rsum > self.best_rsum:
+            warnings.warn(
+                f"the best model, of validation rsum {self.unsaved_rsum:.1f}, could not be saved; "
+                f"{self.run / BEST} is of rsum {self.best_rsum:.1f}",
+                stacklevel=2,
+            )
         result = evaluate(
             [lambda: load_checkpoint(self.run / BEST).to(self.device)],
             self.data.test,
@@ -254,15 +262,16 @@ class Trainer:
         self.validated_step = self.step
         self.latest_r1 = (metrics["i2t_r1"] + metrics["t2i_r1"]) / 2
         better = metrics["rsum"] > self.best_rsum
-        self.best_rsum = max(self.best_rsum, metrics["rsum"])
         self.evals_since_best = 0 if better else self.evals_since_best + 1
         tqdm.write(
             f"step {self.step}: validation rsum {metrics['rsum']:.1f} "
             f"(R@1 image-to-text {metrics['i2t_r1']:.1f}, text-to-image {metrics['t2i_r1']:.1f})"
             f"{' *' if better else ''}"
         )
-        if better:
-            self._save(BEST)
+        if better and self._save(BEST):
+            self.best_rsum = metrics["rsum"]
+        elif better:
+            self.unsaved_rsum = max(self.unsaved_rsum, metrics["rsum"])
         self._save(LAST)
 
     def _save(self, name: str) -> bool:
@@ -274,6 +283,8 @@ class Trainer:
                 if name == LAST:
                     write_state(folder, self.model, self.optimizer, progress)
         except (OSError, SafetensorError) as error:
+            if not existing(self.run / name).exists():
+                raise OSError(f"could not save {self.run / name}, the first checkpoint of its name: {error}") from error
             warnings.warn(
                 f"could not save {self.run / name}: {error}; the checkpoint before it is intact. "
                 "Make room; training goes on and saves again after the next evaluation.",
@@ -290,7 +301,7 @@ class Trainer:
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"cannot resume from {folder}: {error}") from error
         for name in PROGRESS:
-            setattr(self, name, progress[name])
+            setattr(self, name, progress.get(name, getattr(self, name)))
         if progress["scaler"]:
             self.scaler.load_state_dict(progress["scaler"])
 
