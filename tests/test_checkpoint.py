@@ -136,6 +136,16 @@ def test_replaced(saved, folder):
     assert only(folder)
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o007])
+def test_files_are_as_readable_as_the_umask_says(model, folder, umask):
+    before = os.umask(umask)
+    try:
+        esl_fast.save_checkpoint(model, folder)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~umask}
+
+
 FULL_DISK = OSError(errno.ENOSPC, "No space left on device")
 
 

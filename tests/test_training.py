@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from esl_fast.model import checkpoint
 from esl_fast.training import TrainConfig, Trainer, build_data, build_model, main, seed_everything, trainer
 from esl_fast.training.config import parse
 from esl_fast.training.optim import lr_factor
-from esl_fast.training.runs import find_run, read_metrics
+from esl_fast.training.runs import RunLog, find_run, read_metrics
 
 RUN_SCRIPT = Path(__file__).parents[1] / "train" / "run.py"
 WORDS = ["red", "blue", "green", "dog", "cat", "bird", "runs", "sits", "jumps", "house", "tree", "lake"]
@@ -317,6 +318,29 @@ def test_the_best_is_the_best_that_was_saved(features_root, tmp_path, monkeypatc
     assert progress["best_rsum"] == rsum
     messages = [str(warning.message) for warning in recwarn]
     assert any("validation rsum 50.0, could not be saved" in message for message in messages)
+
+
+def test_a_log_that_cannot_be_written_costs_a_warning_not_the_run(tmp_path, monkeypatch, recwarn):
+    def dead(*args):
+        raise RuntimeError("its thread is dead")
+
+    (tmp_path / "metrics.jsonl").touch()
+    log = RunLog(tmp_path)
+    log.write("train", 1, loss=1.0)
+    monkeypatch.setattr(log._board, "add_scalar", dead)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (log.path.stat().st_size + 9, limits[1]))  # room for half a line
+    try:
+        for step in (2, 3):
+            log.write("train", step, loss=1.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    log.write("train", 4, loss=1.0)
+    log.close()
+    assert [entry["step"] for entry in read_metrics(tmp_path)] == [1, 4]
+    assert [str(warning.message).partition(":")[0] for warning in recwarn] == [
+        "could not write metrics.jsonl", "could not write TensorBoard's scalars",
+    ]  # fmt: skip
 
 
 def test_early_stopping_and_the_same_run_again(features_root, tmp_path, capsys):

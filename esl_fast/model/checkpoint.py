@@ -44,6 +44,7 @@ def replacing(folder: Path) -> Iterator[Path]:
     try:
         yield new
         for path in new.iterdir():
+            path.chmod(new.stat().st_mode & 0o666)  # safetensors lets the owner alone read, whatever the umask
             _sync(path)
         _sync(new)
         if folder.exists():

@@ -1,7 +1,11 @@
 """A run's folder: where it is, what it records, how it is drawn."""
 
 import json
+import os
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +63,40 @@ class RunLog:
             kept = [entry for entry in read_metrics(run) if entry["step"] <= resumed_step]
             replace_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
         self._board = SummaryWriter(run / "tensorboard", purge_step=resumed_step and resumed_step + 1)
+        self._failed: set[str] = set()
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """One line, and a scalar ``kind/name`` for each number."""
-        with self.path.open("a") as file:
-            file.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **values}) + "\n")
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+        """One line, and a scalar ``kind/name`` for each number; what cannot be written costs one warning."""
+        with self._forgiving(METRICS):
+            _append(self.path, json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **values}) + "\n")
+        with self._forgiving("TensorBoard's scalars"):
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
-        self._board.close()
+        with self._forgiving("TensorBoard's scalars"):
+            self._board.close()
+
+    @contextmanager
+    def _forgiving(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # TensorBoard hands on whatever ended its thread
+            if what not in self._failed:
+                warnings.warn(f"could not write {what}: {error}; training goes on", stacklevel=4)
+            self._failed.add(what)
+
+
+def _append(path: Path, line: str) -> None:
+    """A whole line or nothing, also on a disk that has room for half of it."""
+    size = path.stat().st_size
+    try:
+        with path.open("a") as file:
+            file.write(line)
+    except OSError:
+        os.truncate(path, size)
+        raise
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
