@@ -223,6 +223,21 @@ def test_a_wrong_override_leaves_the_run_as_it_was(features_root, tmp_path, caps
     assert (tmp_path / "run" / "train.yaml").read_bytes() == before
 
 
+def test_steps_mean_the_same_in_a_resumed_run(features_root, tmp_path, capsys):
+    assert main(options(features_root, tmp_path, "--name=grp/a")) == 0
+    assert "parameters; 27 steps;" in capsys.readouterr().out
+    resume, run = ["--resume=latest", f"--logs={tmp_path}"], tmp_path / "grp" / "a"
+    before = (run / "metrics.jsonl").read_text()
+    assert main([*resume, "--batch-size=64"]) == 2
+    assert "an epoch had 9 steps and now has 4" in capsys.readouterr().err
+    assert main(resume) == 0
+    assert "nothing left to train at step 27 of 27" in capsys.readouterr().out
+    assert (run / "metrics.jsonl").read_text() == before
+    assert main([*resume, "--epochs=4"]) == 0
+    assert "from step 27 of 36 steps" in capsys.readouterr().out
+    assert [entry["step"] for entry in read_metrics(run) if entry["kind"] == "test"] == [27, 36]
+
+
 def test_a_configuration_starts_another_run_also_after_a_resume(features_root, tmp_path, capsys):
     assert main(options(features_root, tmp_path, "--epochs=1")) == 0
     assert main(["--resume=latest", f"--logs={tmp_path}"]) == 0
@@ -364,6 +379,15 @@ def test_a_loss_that_is_not_finite_ends_the_run(features_root, tmp_path, monkeyp
     assert "the loss is nan at step 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("evals", [1, 9], ids=["in training", "in validation"])
+def test_a_run_that_diverges_says_what_to_try(features_root, tmp_path, capsys, evals):
+    argv = ["--lr=1e30", "--warmup=0", "--log-every=20", f"--evals-per-epoch={evals}"]
+    assert main(options(features_root, tmp_path, *argv)) == 2
+    error = capsys.readouterr().err
+    assert "non-finite" in error
+    assert "try a lower lr" in error
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -382,6 +406,7 @@ def test_unknown_options_are_named(argv, message, capsys):
     ("argv", "message"),
     [
         (["--epochs=0"], "epochs is 0; expected at least 1"),
+        (["--seed=-1"], "seed is -1; expected 0 to 4294967295"),
         (["--device=cuda:77"], "cuda:77"),
         (["--dataset=flickr30k"], "say where with --data-root"),
         (["--dataset=karpathy", "--data-root=/nowhere"], "/nowhere"),

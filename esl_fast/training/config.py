@@ -148,6 +148,8 @@ class TrainConfig:
         for name, bound in least.items():
             if not getattr(self, name) >= bound:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least {bound}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; expected 0 to {2**32 - 1}")
         if self.warmup > 1:
             raise ValueError(f"warmup is {self.warmup}; expected a share of all steps, 0 to 1")
         if not self.size_augmentation < 1:

@@ -35,11 +35,15 @@ def train(config: TrainConfig) -> int:
     model = build_model(config, data).to(device)
     trainer = Trainer(config, data, model, run, resume=resuming)
     config.save(run)
+    steps = f"{trainer.total_steps} steps"
+    if trainer.step >= trainer.total_steps:
+        steps = f"nothing left to train at step {trainer.step} of {trainer.total_steps}"
+    elif resuming:
+        steps = f"from step {trainer.step} of {steps}"
     print(
         f"{data.name}: {len(data.train)} / {len(data.val)} / {len(data.test)} images to train / validate / test"
         f"{f', {data.skipped} records skipped' if data.skipped else ''}; {config.similarity} on {device}, "
-        f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trained parameters; "
-        f"{'from step ' + str(trainer.step) + ' of' if resuming else ''} {trainer.total_steps} steps; run {run}"
+        f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trained parameters; {steps}; run {run}"
     )
     try:
         result = trainer.fit()

@@ -21,7 +21,7 @@ def find_run(resume: str, logs: str) -> Path:
     Raises FileNotFoundError saying where it looked.
     """
     if resume == "latest":
-        runs = [path.parent for path in Path(logs).glob(f"*/{METRICS}") if existing(path.parent / LAST).is_dir()]
+        runs = [path.parent for path in Path(logs).rglob(METRICS) if existing(path.parent / LAST).is_dir()]
         if not runs:
             raise FileNotFoundError(f"nothing to resume: no run with a checkpoint under {Path(logs).resolve()}")
         return max(runs, key=lambda run: existing(run / LAST).stat().st_mtime)

@@ -25,11 +25,13 @@ from esl_fast.model.sequences import Features, concatenate, vectors_of, with_vec
 from esl_fast.ops import contrastive_loss
 from esl_fast.training.config import TrainConfig
 from esl_fast.training.optim import lr_factor, make_optimizer, set_lr
-from esl_fast.training.runs import BEST, LAST, RunLog
+from esl_fast.training.runs import BEST, LAST, RunLog, read_metrics
 from esl_fast.training.state import read_state, write_state
 
 # What a checkpoint remembers of the trainer itself.
-PROGRESS = ("step", "best_rsum", "unsaved_rsum", "evals_since_best", "latest_r1", "validated_step")
+PROGRESS = (
+    "step", "steps_per_epoch", "best_rsum", "unsaved_rsum", "evals_since_best", "latest_r1", "validated_step",
+)  # fmt: skip
 
 
 class Interrupted(KeyboardInterrupt):
@@ -111,7 +113,8 @@ class Trainer:
             workers=self.config.workers,
             precision=self.config.precision,
         )
-        self.log.write("test", self.step, **result["metrics"])
+        if not any(entry["kind"] == "test" and entry["step"] == self.step for entry in read_metrics(self.run)):
+            self.log.write("test", self.step, **result["metrics"])
         self.log.close()
         return result
 
@@ -141,7 +144,8 @@ class Trainer:
             for batch in bar:
                 self.model.train()
                 with self._uninterrupted():
-                    loss = self._train_step(batch)
+                    with self._recognizing_divergence():
+                        loss = self._train_step(batch)
                     if self.step % self.config.log_every == 0 or self.step == self.total_steps:
                         self._report(bar, epoch, loss, clock.rate(self.step) * self.config.batch_size)
                 if self._validate_if_due():
@@ -152,10 +156,7 @@ class Trainer:
     def _report(self, bar: tqdm, epoch: int, loss_on_device: Tensor, rate: float) -> None:
         loss = loss_on_device.item()  # only here does the loop wait for the device
         if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss} at step {self.step}: try a lower lr, or precision=bf16 or fp32; "
-                f"the last good state is in {self.run / LAST}"
-            )
+            raise self._divergence(f"the loss is {loss}")
         bar.set_postfix({"loss": f"{loss:.3f}", "images/s": f"{rate:.0f}", "R@1": f"{self.latest_r1:.1f}"})
         self.log.write(
             "train",
@@ -166,6 +167,22 @@ class Trainer:
             logit_scale=self.model.logit_scale.exp().item(),
             images_per_s=round(rate, 1),
         )
+
+    def _divergence(self, sign: str) -> FloatingPointError:
+        return FloatingPointError(
+            f"{sign} at step {self.step}: try a lower lr, or precision=bf16 or fp32; "
+            f"the last good state is in {self.run / LAST}"
+        )
+
+    @contextmanager
+    def _recognizing_divergence(self) -> Iterator[None]:
+        """Features that are not finite, refused before there is a loss, are the model's fault once it has trained."""
+        try:
+            yield
+        except ValueError as error:
+            if not self.step or "non-finite" not in str(error):
+                raise
+            raise self._divergence(str(error)) from error
 
     def _train_step(self, batch: dict[str, Tensor]) -> Tensor:
         """One optimizer update; returns the loss without waiting for it."""
@@ -252,7 +269,8 @@ class Trainer:
         within = self.step % self.steps_per_epoch or (self.steps_per_epoch if self.step else 0)
         if self.step == self.validated_step or (self.step and within not in self.eval_points):
             return False
-        metrics = self.validation.encode(self.model, self.config.precision).metrics()
+        with self._recognizing_divergence():
+            metrics = self.validation.encode(self.model, self.config.precision).metrics()
         with self._uninterrupted():
             self._record(metrics)
         return True
@@ -300,6 +318,12 @@ class Trainer:
             progress = read_state(folder, self.model, self.optimizer)
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"cannot resume from {folder}: {error}") from error
+        before, now = progress.get("steps_per_epoch", self.steps_per_epoch), self.steps_per_epoch
+        if before != now:
+            raise CheckpointError(
+                f"cannot resume from {folder}: an epoch had {before} steps and now has {now}, "
+                "with another batch_size or other training data"
+            )
         for name in PROGRESS:
             setattr(self, name, progress.get(name, getattr(self, name)))
         if progress["scaler"]:
