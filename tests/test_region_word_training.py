@@ -294,6 +294,8 @@ def test_bert_has_a_learning_rate_of_its_own():
     ("argv", "message"),
     [
         (["--text-tower=bert"], "say with --bert"),
+        (["--bert=/nowhere"], "no folder of a BERT model: it has no config.json"),
+        (["--bert=/nowhere", "--recipe=regions"], "bert is '/nowhere', but text_tower is 'words'"),
         (["--text-tower=bert", "--bert=/nowhere"], "no folder of a BERT model: it has no config.json"),
         (["--text-tower=bag", "--similarity=region-word-adaptive"], "one vector an item"),
         (["--size-augmentation=1"], "expected a probability below 1"),

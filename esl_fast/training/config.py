@@ -150,6 +150,8 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least {bound}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}; expected 0 to {2**32 - 1}")
+        if self.bert is not None and self.text_tower != "bert":
+            raise ValueError(f"bert is {self.bert!r}, but text_tower is {self.text_tower!r}; expected 'bert'")
         if self.warmup > 1:
             raise ValueError(f"warmup is {self.warmup}; expected a share of all steps, 0 to 1")
         if not self.size_augmentation < 1:
@@ -169,10 +171,12 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text()) or {}
 
 
-def recipe_name(dataset: str, similarity: str = "esl-heuristic", data_root: str | None = None) -> str:
+def recipe_name(
+    dataset: str, similarity: str = "esl-heuristic", data_root: str | None = None, bert: str | None = None
+) -> str:
     """Which recipe ``auto`` is: the official one, or one that is fast on small data."""
     if dataset == "regions":
-        return "region-word" if _images_in(data_root) >= LARGE else "regions"
+        return "region-word" if bert is not None or _images_in(data_root) >= LARGE else "regions"
     official = "region-word-clip" if similarity in REGION_WORD_SIMILARITIES else "official"
     return RECIPE_OF.get(dataset, official)
 
@@ -188,7 +192,7 @@ def _images_in(data_root: str | None) -> int:
 def _defaults(asked: Any) -> dict[str, Any]:
     name = asked.recipe
     if name == "auto":
-        name = recipe_name(asked.dataset, asked.similarity, asked.data_root)
+        name = recipe_name(asked.dataset, asked.similarity, asked.data_root, asked.bert)
     path = RECIPES / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
