@@ -1,6 +1,7 @@
 """Training runs end to end on small data: learning, resuming, stopping, failing."""
 
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -188,6 +189,21 @@ def test_a_signal_in_a_destructor_is_not_lost(features_root, tmp_path, monkeypat
 
     monkeypatch.setattr(Trainer, "_train_epoch", epoch)
     assert main(options(features_root, tmp_path)) == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM at step 1 of 27; saved" in capsys.readouterr().err
+
+
+def test_workers_that_a_signal_ends_too_do_not_cost_the_state(features_root, tmp_path, monkeypatch, capsys):
+    step = Trainer._train_step
+
+    def interrupted(self, batch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for worker in multiprocessing.active_children():
+            worker.kill()  # torch takes SIGTERM from a parent, as it is here, for the usual end
+            worker.join()
+        return step(self, batch)
+
+    monkeypatch.setattr(Trainer, "_train_step", interrupted)
+    assert main(options(features_root, tmp_path, "--workers=1")) == 128 + signal.SIGTERM
     assert "stopped by SIGTERM at step 1 of 27; saved" in capsys.readouterr().err
 
 

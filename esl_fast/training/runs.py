@@ -90,7 +90,7 @@ class RunLog:
 
 def _append(path: Path, line: str) -> None:
     """A whole line or nothing, also on a disk that has room for half of it."""
-    size = path.stat().st_size
+    size = path.stat().st_size if path.exists() else 0
     try:
         with path.open("a") as file:
             file.write(line)

@@ -136,7 +136,6 @@ class Trainer:
             # The loader's own draw must not disturb the generators that a resumed run restores.
             generator=torch.Generator(),
             collate_fn=self.pairs.collate,
-            worker_init_fn=_leave_interrupts_to_parent,
         )
         label = f"epoch {epoch + 1}/{self.config.epochs}"
         with tqdm(loader, label, self.steps_per_epoch, initial=done, unit="step", disable=None) as bar:
@@ -332,7 +331,7 @@ class Trainer:
     @contextmanager
     def _catching_signals(self) -> Iterator[None]:
         """Ctrl-C and SIGTERM raise Interrupted, but for what is :meth:`_uninterrupted` only after it."""
-        process = os.getpid()
+        process, previous = os.getpid(), {}
 
         def handle(number: int, frame: Any) -> None:
             if os.getpid() != process:
@@ -340,13 +339,16 @@ class Trainer:
             if self._signal is None:
                 # Remembered too, because Python drops what is raised in a destructor or fork hook.
                 self._signal = number
+                # Workers that the same signal ends must not raise torch's error amid a step or save.
+                previous[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 if not self._inseparable:
                     raise Interrupted(number)
             elif number == signal.SIGINT:
                 raise KeyboardInterrupt  # SIGTERM may come twice from one `timeout`, a second Ctrl-C is meant
 
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                previous[number] = signal.signal(number, handle)
             yield
         finally:
             for number, handler in previous.items():
@@ -378,7 +380,3 @@ class _Clock:
         rate = (step - self._step) / (now - self._time)
         self._step, self._time = step, now
         return rate
-
-
-def _leave_interrupts_to_parent(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
