@@ -199,7 +199,7 @@ def test_workers_that_a_signal_ends_too_do_not_cost_the_state(features_root, tmp
         os.kill(os.getpid(), signal.SIGTERM)
         for worker in multiprocessing.active_children():
             worker.kill()  # torch takes SIGTERM from a parent, as it is here, for the usual end
-            worker.join()
+            os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
         return step(self, batch)
 
     monkeypatch.setattr(Trainer, "_train_step", interrupted)
