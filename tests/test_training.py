@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -355,17 +354,19 @@ def test_a_log_that_cannot_be_written_costs_a_warning_not_the_run(tmp_path, monk
     def dead(*args):
         raise RuntimeError("its thread is dead")
 
+    def half_a_line(path, mode):
+        with open(path, mode) as file:
+            file.write('{"kind": "tr')
+        raise OSError(28, "No space left on device")
+
     (tmp_path / "metrics.jsonl").touch()
     log = RunLog(tmp_path)
     log.write("train", 1, loss=1.0)
     monkeypatch.setattr(log._board, "add_scalar", dead)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (log.path.stat().st_size + 9, limits[1]))  # room for half a line
-    try:
+    with monkeypatch.context() as context:
+        context.setattr(Path, "open", half_a_line)
         for step in (2, 3):
             log.write("train", step, loss=1.0)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     log.write("train", 4, loss=1.0)
     log.close()
     assert [entry["step"] for entry in read_metrics(tmp_path)] == [1, 4]
