@@ -79,7 +79,8 @@ class Encoder:
         if self._images is None:
             self._images = ImageDataset(self.split, model.image_transform, self.cache_bytes)
             self._tokens = tokenize_all(self.split.captions, model.tokenize)
-        loader = DataLoader(self._images, self.batch_size, num_workers=self.workers)
+        # A generator of its own: training goes on with the same random numbers however often it is evaluated.
+        loader = DataLoader(self._images, self.batch_size, num_workers=self.workers, generator=torch.Generator())
         features = []
         for name, batches, encode in (
             ("images", (images for images, _ in loader), model.encode_image),
