@@ -75,6 +75,7 @@ WEIGHTS = {
 @chains
 def test_blocked_aggregate(monkeypatch, weights, rows, normalize, chain):
     monkeypatch.setattr(blocked.aggregate, "BLOCK", 4)
+    monkeypatch.setattr(blocked.aggregate, "TRANSPOSED", 3)
     weights, x = weights(), 3 * torch.randn(rows, 67)
     units = ops.aggregate(x, weights, chain=chain, normalize=normalize)
     assert units.dtype == torch.float32

@@ -15,6 +15,8 @@ from esl_fast.reference.aggregate import EPS
 
 # Vectors handled at a time: a level and its temporaries stay in the cache.
 BLOCK = 2048
+# Of these, vectors transposed at a time.
+TRANSPOSED = 420
 # Share of kept entries beyond which a dense product is faster; only ties go beyond two entries a row.
 DENSE = 1 / 20
 
@@ -86,12 +88,14 @@ def spread_rows(x: Tensor) -> Tensor:
 
 def _transposed(rows: Tensor, normalize: bool, out: Tensor) -> None:
     """`out (d, n)` from `rows (n, d)`, divided by their norms if wanted."""
-    spread = spread_rows(rows)
-    if normalize:
-        torch.mul(rows, torch.linalg.vector_norm(rows, dim=1, keepdim=True).reciprocal_(), out=spread)
-    else:
-        spread.copy_(rows)
-    out.copy_(spread.mT)
+    spread = spread_rows(rows[:TRANSPOSED])
+    for some, columns in zip(rows.split(TRANSPOSED), out.split(TRANSPOSED, 1), strict=True):
+        scaled = spread[: len(some)]
+        if normalize:
+            torch.mul(some, torch.linalg.vector_norm(some, dim=1, keepdim=True).reciprocal_(), out=scaled)
+        else:
+            scaled.copy_(some)
+        columns.copy_(scaled.mT)
 
 
 def _l2norm_(z: Tensor, factor: float) -> None:
