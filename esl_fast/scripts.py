@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from itertools import pairwise
 from typing import Any
 
 from esl_fast.data import LOADERS, DataSet, load_dataset
@@ -32,10 +33,8 @@ def with_underscores(argv: Sequence[str], options: type) -> list[str]:
     """Options as the dataclass ``options`` names them: ``--five-folds`` alone is ``--five_folds=true``."""
     switches = {f"--{field.name}" for field in fields(options) if field.type is bool}
     named = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), arg) for arg in argv]
-    following = [*named[1:], "--"]
     return [
-        f"{arg}=true" if arg in switches and after.startswith("-") else arg
-        for arg, after in zip(named, following, strict=True)
+        f"{arg}=true" if arg in switches and after.startswith("-") else arg for arg, after in pairwise([*named, "--"])
     ]
 
 

@@ -162,6 +162,7 @@ def test_errors_of_worker_processes_are_one_line(capsys):
 def test_switches_need_no_value():
     assert with_underscores(["--five-folds", "--output", "a"], EvaluateConfig) == ["--five_folds=true", "--output", "a"]
     assert with_underscores(["--five-folds"], EvaluateConfig) == ["--five_folds=true"]
+    assert with_underscores([], EvaluateConfig) == []
     given = ["--five-folds", "false", "--save-similarity=a-b"]
     assert with_underscores(given, EvaluateConfig) == ["--five_folds", "false", "--save_similarity=a-b"]
 
