@@ -17,7 +17,7 @@ from esl_fast.reference.aggregate import EPS
 BLOCK = 2048
 # Of these, vectors transposed at a time.
 TRANSPOSED = 420
-# Share of kept entries beyond which a dense product is faster; only ties go beyond two entries a row.
+# Share of kept entries beyond which a dense product is faster: rows of fewer than 40 entries, and many ties.
 DENSE = 1 / 20
 
 

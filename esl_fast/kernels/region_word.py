@@ -556,7 +556,7 @@ def compile_cases() -> list[CompileCase]:
         for name, kernel, signature in (("forward", _reduce, forward), ("backward", _reduce_backward, backward)):
             if kernel is _reduce_backward:
                 constants = {**constants, "PADDED": False}
-            # One block: 224 images of 36 regions and as many captions as fill it.
+            # One block: BLOCK_IMAGES images of 36 regions and as many captions as fill it.
             elements = BLOCK_BYTES // (4 if dtype == "fp32" else 2)
             passes = 2 if kernel is _reduce else 4  # the backward's last walk reads and writes
             case = CompileCase(
