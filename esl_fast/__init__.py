@@ -4,12 +4,24 @@ from typing import Any
 
 from esl_fast import model
 from esl_fast.model import ESLHead, RegionWordHead, similarity
-from esl_fast.ops import contrastive_loss, retrieval_ranks, topk, use_backend
+from esl_fast.ops import (
+    contrastive_loss,
+    hinge_loss,
+    region_word_hinge_loss,
+    region_word_ranks,
+    region_word_rerank,
+    region_word_similarity,
+    region_word_topk,
+    retrieval_ranks,
+    topk,
+    use_backend,
+)
 
 __version__ = "0.1.0"
 __all__ = [
-    "ESLHead", "RegionWordHead", "contrastive_loss", "load_checkpoint", "retrieval_ranks", "save_checkpoint",
-    "similarity", "topk", "use_backend",
+    "ESLHead", "RegionWordHead", "contrastive_loss", "hinge_loss", "load_checkpoint", "region_word_hinge_loss",
+    "region_word_ranks", "region_word_rerank", "region_word_similarity", "region_word_topk", "retrieval_ranks",
+    "save_checkpoint", "similarity", "topk", "use_backend",
 ]  # fmt: skip
 
 

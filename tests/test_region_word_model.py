@@ -19,6 +19,7 @@ from helpers import (
     small_model,
 )
 
+import esl_fast
 from esl_fast import RegionWordHead, load_checkpoint, save_checkpoint
 from esl_fast.model import (
     REGION_WORD_SIMILARITIES,
@@ -93,6 +94,24 @@ def test_official_weights_there_and_back(aggregator):
         again = RegionWordHead.from_official(given)
         assert (again.aggregator, again.dims, again.num_levels) == (aggregator, head.dims, 2)
         assert all(torch.equal(again.state_dict()[key], value) for key, value in head.state_dict().items())
+
+
+def test_operands_are_what_the_functions_take():
+    head = random_head()
+    given = (unit(4, 5, 32), unit(4, 6, 32), torch.tensor([1, 6, 3, 2]), torch.tensor([5, 1, 2, 3]))
+    scores, units = head(*given), head.operands(*given)
+    torch.testing.assert_close(esl_fast.region_word_similarity(**units), scores)
+    best, which = esl_fast.region_word_topk(**units, k=3)
+    torch.testing.assert_close(best, scores.sort(1, descending=True).values[:, :3])
+    again, same = esl_fast.region_word_rerank(**units, candidates=which.flip(1))
+    torch.testing.assert_close(again, best)
+    assert torch.equal(same, which)
+    ranks = esl_fast.region_word_ranks(**units, owners=torch.arange(4))
+    expected = esl_fast.retrieval_ranks(scores.detach(), torch.eye(4), torch.arange(4))
+    assert all(map(torch.equal, ranks, expected))
+    for hardest in (False, True):
+        loss = esl_fast.region_word_hinge_loss(**units, hardest=hardest)
+        torch.testing.assert_close(loss, esl_fast.hinge_loss(scores, hardest=hardest))
 
 
 def test_initial_parameters():

@@ -61,6 +61,24 @@ class RegionWordHead(LevelHead):
             region_units, word_units, self.contribution.temp_scale.exp(), word_lengths, regions.lengths
         )
 
+    def operands(
+        self, regions: Tensor, words: Tensor, word_lengths: Tensor, region_lengths: Tensor | None = None
+    ) -> dict[str, Tensor | None]:
+        """Arguments, as :meth:`forward` takes them, to those of the `region_word` functions of `esl_fast`.
+
+        ``esl_fast.region_word_topk(**head.operands(regions, words, word_lengths), k=10)``
+        """
+        region_units, word_units, smooth, word_lengths, region_lengths = self.scores(
+            Sequences(regions, region_lengths), Sequences(words, word_lengths)
+        ).operands
+        return {
+            "region_units": region_units,
+            "word_units": word_units,
+            "smooth": smooth,
+            "word_lengths": word_lengths,
+            "region_lengths": region_lengths,
+        }
+
     def forward(
         self, regions: Tensor, words: Tensor, word_lengths: Tensor, region_lengths: Tensor | None = None
     ) -> Tensor:
