@@ -18,7 +18,8 @@ def peak(case: registry.Case, competitor: str, device: torch.device, threads: in
     """``{"peak_memory": bytes}`` or ``{"memory_failed": reason}``."""
     # A server that has imported everything, and used no thread and no GPU, forks the fresh process in no time.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.memory", "esl_fast"])
+    # (`torch._dynamo`: what the first call of a registered op imports).
+    context.set_forkserver_preload(["benchmarks.memory", "esl_fast", "torch._dynamo"])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measure, args=(case, competitor, device, threads, sender))
     process.start()
