@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from esl_fast import ops
-from esl_fast.model.sequences import Sequences
 from esl_fast.ops.hinge import hinge_loss, region_word_hinge_loss
 from esl_fast.ops.region_word import region_word_similarity
 from esl_fast.ops.region_word_retrieval import region_word_ranks
@@ -127,10 +126,5 @@ class RegionWordScores(Scores):
         )
 
     def check_finite(self) -> None:
-        for name, units, lengths in (
-            ("units of regions", self.regions, self.region_lengths),
-            ("units of words", self.words, self.word_lengths),
-        ):
-            total = units.sum(-1)  # (n, L): not finite where one of the units is not
-            padding = Sequences(units, lengths).padding()
-            ops.checks.finite(name, total if padding is None else total.masked_fill(padding, 0), wait=True)
+        ops.checks.finite_sequences("units of regions", self.regions, self.region_lengths, wait=True)
+        ops.checks.finite_sequences("units of words", self.words, self.word_lengths, wait=True)

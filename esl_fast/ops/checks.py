@@ -44,6 +44,21 @@ def finite(name: str, x: Tensor, *, wait: bool = False) -> None:
         raise ValueError(f"{name} has non-finite values in {bad.numel()} of {x.shape[0]} rows: {rows}")
 
 
+def finite_sequences(name: str, x: Tensor, lengths: Tensor | None, *, wait: bool = False) -> None:
+    """As :func:`finite` for ``x (n, L, U)``, of whose L vectors those from ``lengths (n,)`` on are padding."""
+    if (x.device.type != "cpu" and not wait) or torch.isfinite(x.sum()):
+        return
+    found = torch.zeros(len(x))
+    positions = torch.arange(x.shape[1], device=x.device)
+    for first in range(0, len(x), 64):
+        rows = slice(first, first + 64)
+        real = x[rows].isfinite().all(-1)
+        if lengths is not None:
+            real |= positions >= lengths[rows, None].to(x.device)
+        found[rows] = torch.where(real.all(1), 0.0, torch.nan)
+    finite(name, found)
+
+
 def owners_of(owners: Tensor, images: int, captions: int) -> None:
     """``owners (M,)`` integer, one image index a caption."""
     if not isinstance(owners, Tensor):

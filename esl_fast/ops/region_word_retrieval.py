@@ -52,8 +52,8 @@ def region_word_ranks(
     n, m = region_units.shape[0], word_units.shape[0]
     checks.owners_of(owners, n, m)
     checks.same_device(region_units=region_units, owners=owners)
-    _check_finite("region_units", region_units, region_lengths)
-    _check_finite("word_units", word_units, word_lengths)
+    checks.finite_sequences("region_units", region_units, region_lengths)
+    checks.finite_sequences("word_units", word_units, word_lengths)
     order, sorted_owners, counts, starts, in_order = by_owner(owners.long(), n)
     captions = CaptionBlocks(word_units, word_lengths, region_units.device, None if in_order else order)
     # Every caption lies in the diagonal tile of its image.
@@ -263,8 +263,8 @@ def rerank_ranks(
     _check_query(region_units, word_units, k, "image")
     _check_globals(region_units, word_units, image_units, text_units)
     smooth = check_region_word(region_units, word_units, smooth, word_lengths, region_lengths)
-    _check_finite("region_units", region_units, region_lengths)
-    _check_finite("word_units", word_units, word_lengths)
+    checks.finite_sequences("region_units", region_units, region_lengths)
+    checks.finite_sequences("word_units", word_units, word_lengths)
     image_ranks, text_ranks = retrieval_ranks(image_units, text_units, owners)
     owners = owners.long()
     inputs = (region_units, word_units, smooth, word_lengths, region_lengths)
@@ -301,16 +301,3 @@ def _check_globals(region_units: Tensor, word_units: Tensor, image_units: Tensor
     ):  # fmt: skip
         if len(units) != count:
             raise ValueError(f"{name} has {len(units)} rows; expected {count}, as many as have regions or words")
-
-
-def _check_finite(name: str, units: Tensor, lengths: Tensor | None) -> None:
-    """No NaN or infinity in ``units (n, L, U)`` outside padding; checked on CPU only."""
-    if units.device.type != "cpu" or torch.isfinite(units.sum()):
-        return
-    found = torch.zeros(len(units))
-    for rows in slices(len(units), 64):
-        finite = units[rows].isfinite().all(-1)
-        if lengths is not None:
-            finite |= torch.arange(units.shape[1]) >= lengths[rows, None].cpu()
-        found[rows] = torch.where(finite.all(1), 0.0, torch.nan)
-    checks.finite(name, found)

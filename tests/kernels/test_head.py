@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import gradient_errors
-from safetensors.torch import load_file
+from helpers import gradient_errors, load_golden
 
 import esl_fast
 
@@ -19,8 +18,7 @@ def relative(ours: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("name", ["heuristic", "adaptive"])
 def test_golden_similarity_loss_and_gradients(name, device):
-    golden = load_file(GOLDEN / f"clip_{name}_d256_train.safetensors")
-    weights = {key.removeprefix("param."): value for key, value in golden.items() if key.startswith("param.")}
+    weights, golden = load_golden(GOLDEN / f"clip_{name}_d256_train.safetensors")
     head = esl_fast.ESLHead.from_official(weights).to(device)
     features = [golden[f"{side}_features"].to(device).requires_grad_() for side in ("image", "text")]
     scale = golden["logit_scale"].to(device).requires_grad_()
@@ -35,8 +33,7 @@ def test_golden_similarity_loss_and_gradients(name, device):
 
 @pytest.mark.parametrize("name", ["heuristic", "adaptive"])
 def test_golden_region_word(name, device):
-    golden = load_file(GOLDEN / f"region_word_{name}_d256_train.safetensors")
-    weights = {key.removeprefix("param."): value for key, value in golden.items() if key.startswith("param.")}
+    weights, golden = load_golden(GOLDEN / f"region_word_{name}_d256_train.safetensors")
     head = esl_fast.RegionWordHead.from_official(weights).to(device)
     features = [golden[f"{side}_features"].to(device).requires_grad_() for side in ("image", "text")]
     with esl_fast.use_backend("triton"):
