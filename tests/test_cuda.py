@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 
 import esl_fast
 from benchmarks.cases.common import by_level
+from esl_fast import reference
 
 pytestmark = [
     pytest.mark.cuda,
@@ -50,6 +51,29 @@ def test_errors_do_not_exceed_those_of_plain_pytorch(aggregator, dtype):
         slack = 1.5 if true.numel() > 100 else 4
         naive_error = (plain.double() - true).norm().nan_to_num(torch.inf)  # float16 overflows
         assert (found.double() - true).norm() <= slack * naive_error + floor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("first", [0, 1])
+def test_large_products_of_units_in_and_out_of_line(dtype, first):
+    """Tiles by TMA, of rows as they are or of a copy."""
+    torch.manual_seed(0)
+    n, m = 600, 1301
+    images, texts = ((torch.randn(k, 1023, device="cuda") / 32).to(dtype)[:, first:] for k in (n, m))
+    owners = torch.randint(0, n, (m,), device="cuda")
+    scores, exact = esl_fast.ops.similarity(images, texts).double(), images.double() @ texts.double().mT
+    assert (scores - exact).norm() <= (1e-6 if dtype == torch.float32 else 2e-3) * exact.norm()
+    found = esl_fast.retrieval_ranks(images, texts, owners)
+    expected = reference.ranks.retrieval_ranks(exact, owners)
+    for mine, theirs in zip(found, expected, strict=True):  # two scores nearer than float32 tells may change places
+        assert (mine - theirs).abs().max() <= 1
+        assert (mine != theirs).double().mean() < 0.01
+    images, texts = images[:513], texts[:513]
+    loss = esl_fast.contrastive_loss(images, texts, 14.3)
+    logits, labels = 14.3 * exact[:513, :513], torch.arange(513, device="cuda")
+    torch.testing.assert_close(
+        loss.double(), (cross_entropy(logits, labels) + cross_entropy(logits.mT, labels)) / 2, rtol=1e-6, atol=0
+    )
 
 
 def test_graphed_training_step_is_eager():

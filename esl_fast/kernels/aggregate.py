@@ -309,23 +309,34 @@ def _store_level(chain_ptr, chain_row, samples, values, FIRST: tl.constexpr, DIM
 
 
 @triton.jit
+def _load_slot(indices_ptr, values_ptr, slot, unit, DIM: tl.constexpr):
+    index = tl.load(indices_ptr + slot * DIM + unit, mask=unit < DIM, other=0).to(tl.int64)
+    value = tl.load(values_ptr + slot * DIM + unit, mask=unit < DIM, other=0.0)
+    return index, value
+
+
+@triton.jit
 def _combine(
-    chain_ptr, chain_row, samples, FIRST: tl.constexpr,
-    indices_ptr, values_ptr, counts_ptr, DIM: tl.constexpr, PADDED: tl.constexpr,
+    chain_ptr, chain_row, samples, FIRST: tl.constexpr, indices_ptr, values_ptr, counts_ptr,
+    DIM: tl.constexpr, PADDED: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """``out[:, i] = sum over slots of values[slot, i] * level[:, indices[slot, i]]`` of the level stored at ``FIRST``.
 
-    The longest list bounds the loop. Slots beyond a shorter list hold zeros.
+    The longest list bounds the loop, of at most ``SLOTS``. Slots beyond a shorter list hold zeros.
     """
-    tl.debug_barrier()
+    # What the barrier need not hold back: two slots are all that most lists have.
     unit = tl.arange(0, PADDED)
-    live = unit < DIM
-    slots = tl.max(tl.load(counts_ptr + unit, mask=live, other=0), 0)
-    out = tl.zeros((samples.shape[0], PADDED), tl.float32)
-    for slot in range(slots):
-        index = tl.load(indices_ptr + slot * DIM + unit, mask=live, other=0).to(tl.int64)
-        value = tl.load(values_ptr + slot * DIM + unit, mask=live, other=0.0)
-        out += value[None, :] * tl.load(chain_ptr + (FIRST + index)[None, :] * chain_row + samples[:, None])
+    slots = tl.max(tl.load(counts_ptr + unit, mask=unit < DIM, other=0), 0)
+    index, value = _load_slot(indices_ptr, values_ptr, 0, unit, DIM)
+    second_index, second_value = _load_slot(indices_ptr, values_ptr, min(1, SLOTS - 1), unit, DIM)
+    tl.debug_barrier()
+    level = chain_ptr + FIRST * chain_row + samples[:, None]
+    out = value[None, :] * tl.load(level + index[None, :] * chain_row)
+    if SLOTS > 1:
+        out += second_value[None, :] * tl.load(level + second_index[None, :] * chain_row)
+    for slot in range(2, slots):
+        index, value = _load_slot(indices_ptr, values_ptr, slot, unit, DIM)
+        out += value[None, :] * tl.load(level + index[None, :] * chain_row)
     return out
 
 
@@ -345,7 +356,7 @@ def _adaptive_forward(
         start = STARTS[level - 1]
         z = _combine(
             chain_ptr, chain_row, rows, OFFSETS[level - 1], columns_ptr + start, values_ptr + start,
-            counts_ptr + (OFFSETS[level] - DIMS[0]), DIMS[level], PADDED[level],
+            counts_ptr + (OFFSETS[level] - DIMS[0]), DIMS[level], PADDED[level], DIMS[level - 1],
         )  # fmt: skip
         units, _ = _l2norm(z)
         columns = tl.arange(0, PADDED[level]).to(tl.int64)
@@ -376,7 +387,7 @@ def _adaptive_backward(
         start = STARTS[level - 1]
         z = _combine(
             chain_ptr, chain_row, rows, OFFSETS[level - 1], columns_ptr + start, values_ptr + start,
-            counts_ptr + (OFFSETS[level] - DIMS[0]), DIMS[level], PADDED[level],
+            counts_ptr + (OFFSETS[level] - DIMS[0]), DIMS[level], PADDED[level], DIMS[level - 1],
         )  # fmt: skip
         unit, norm = _l2norm(z)
         units = units + (unit,)
@@ -396,7 +407,7 @@ def _adaptive_backward(
         start = STARTS[level - 1]
         carried = _combine(
             grad_z_ptr, chain_row, rows, OFFSETS[level] - DIMS[0], back_rows_ptr + start, back_values_ptr + start,
-            back_counts_ptr + OFFSETS[level - 1], DIMS[level - 1], PADDED[level - 1],
+            back_counts_ptr + OFFSETS[level - 1], DIMS[level - 1], PADDED[level - 1], DIMS[level],
         )  # fmt: skip
     grad = _load_gradient(grad_ptr, grad_row, grad_col, rows, x_columns, n, 0, DIMS[0]) + carried
     _store_embedding_gradient(grad_x_ptr, rows, x_columns, n, grad, x, x_norm, DIMS[0], NORMALIZE)

@@ -41,6 +41,7 @@ from esl_fast.kernels.tile import (
     make_plan,
     output,
     quarters,
+    sum_own_cols,
     sum_own_rows,
     sweep_length,
     sweep_origin,
@@ -123,11 +124,11 @@ def _sums_kernel(
             a, b, row, first_col, n, m, units, a_row, a_unit, b_row, b_unit,
             ROWS, COLS, DEPTH, TMA, PRECISION, UPCAST,
         )  # fmt: skip
-        row_live = r < n - row
-        special = (row + ROWS > n) | (first_col + COLS > m)
+        row_live = r < tl.minimum(n - row, ROWS).to(tl.int32)
+        row_shift = tl.where(row_live, shift, float("inf"))
         if MODE != 0:
-            special |= _special(image_ids, text_ids, row, first_col, n, m, ROWS, COLS)
-        row_sum = tl.zeros((ROWS,), tl.float32)
+            special = _special(image_ids, text_ids, row, first_col, n, m, ROWS, COLS)
+        row_parts = tl.zeros((ROWS, 4), tl.float32)
         parts = quarters(scores)
         for part in tl.static_range(4):
             col = first_col + part * (COLS // 4)
@@ -140,13 +141,14 @@ def _sums_kernel(
                     tl.atomic_add(by_row, tl.sum(chosen, 1), mask=row_live, sem="relaxed")
                     by_col = col_positives + row_group.to(tl.int64) * m + col + c
                     tl.atomic_add(by_col, tl.sum(chosen, 0), mask=c < m - col, sem="relaxed")
-            powers = tl.exp2(score * scale - shift)
-            if special:
-                counted = row_live[:, None] & (c < m - col)[None, :]
-                if MODE == 2:
-                    counted &= _same(image_ids, text_ids, row, col, n, m, ROWS, COLS // 4, MODE) == 0
-                powers = tl.where(counted, powers, 0.0)
-            row_sum += tl.sum(powers, 1)
+            powers = tl.exp2(score * scale - row_shift[:, None])
+            if MODE == 2:  # noqa: SIM102
+                if special:
+                    same = _same(image_ids, text_ids, row, col, n, m, ROWS, COLS // 4, MODE)
+                    powers = tl.where(same, 0.0, powers)
+            # A product that the sum takes in; selecting would cost an instruction a score.
+            col_live = (c < tl.minimum(m - col, COLS).to(tl.int32)).to(tl.float32)
+            row_parts += sum_own_cols(powers * col_live[None, :])
             col_sum = sum_own_rows(powers, WARPS)
             if part == 0:
                 first += col_sum
@@ -156,6 +158,7 @@ def _sums_kernel(
                 third += col_sum
             else:
                 fourth += col_sum
+        row_sum = tl.sum(row_parts, 1)
         # One program adds to an element, always from the same thread, so the order is fixed.
         tl.atomic_add(row_sums + col_group.to(tl.int64) * n + row + r, row_sum, mask=row_live, sem="relaxed")
         last = tile % sweep == sweep - 1
@@ -373,7 +376,7 @@ def _gradient_kernel(
     centered = shift < float("inf")
     dead = tl.where(centered, 0.0, float("inf"))
     stride = tl.multiple_of(grad_row.to(tl.int64), 16)
-    by_row = tl.zeros((ROWS,), tl.float32)
+    by_row = tl.zeros((ROWS, 4), tl.float32)
     program = tl.program_id(0)
     r = tl.arange(0, ROWS)
     c = tl.arange(0, COLS // 4)
@@ -409,15 +412,15 @@ def _gradient_kernel(
                         target += tl.load(col_target + col + c, mask=col_live, other=0.0)[None, :]
                         gradient = tl.where(same, gradient - target, gradient)
             if TMA:  # what lies outside has scores of 0 and is not stored
-                by_row += tl.sum(gradient * score, 1)
+                by_row += sum_own_cols(gradient * score)
                 grad.store([local.to(tl.int32), col.to(tl.int32)], gradient.to(grad.dtype))
             else:
                 gradient = tl.where(row_live[:, None] & col_live[None, :], gradient, 0.0)
-                by_row += tl.sum(gradient * score, 1)
+                by_row += sum_own_cols(gradient * score)
                 out = grad + local * stride + col + r[:, None] * stride + c[None, :]
                 inside = row_live[:, None] & (c < stride - col)[None, :]
                 tl.store(out, gradient.to(grad.dtype.element_ty), mask=inside)
-    tl.store(scale_parts + program, tl.sum(by_row, 0))
+    tl.store(scale_parts + program, tl.sum(tl.sum(by_row, 1), 0))
 
 
 def _ordinals(image_ids: Tensor, text_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -468,7 +471,7 @@ def contrastive_forward(
         launch = {"MODE": mode, **plan.constants, **launch_options(plan.config)}
         sizes = (*plan.sizes, row_groups, col_groups)
         factor = logit_scale * LOG2E.value
-        diagonal, guess = paired_scores(plan, image_units, folded_text_units, factor)
+        diagonal, guess = paired_scores(plan, factor)
         row_positives = col_positives = row_counts = col_counts = None
         if mode == POSITIVE:
             row_positives = torch.zeros(col_groups, n, dtype=torch.float32, device=device)

@@ -22,7 +22,7 @@ from esl_fast.kernels._common import INTERPRETING, cdiv, exact_float32, next_pow
 from esl_fast.kernels._op import op
 from esl_fast.kernels.inspect import CompileCase
 from esl_fast.kernels.select import locate
-from esl_fast.kernels.tile import TMA_CONFIGS, target_of, tma_ready
+from esl_fast.kernels.tile import TMA_CONFIGS, exact_dot, target_of, tma_ready
 
 SIDES = ("text", "image")
 DESCRIPTORS_FROM = 512  # rows; making one takes the host longer than it saves a small batch
@@ -380,8 +380,8 @@ def _bandwidth(dims: tuple[int, ...], block_c: int, block_k: int) -> tuple[int, 
     return len(bands), max(bands)
 
 
-def _precision() -> str:
-    return "ieee" if exact_float32() else "tf32"
+def _precision(device: torch.device) -> str:
+    return exact_dot(target_of(device)) if exact_float32() else "tf32"
 
 
 def _has_descriptors(device: torch.device) -> bool:
@@ -431,7 +431,7 @@ def _launch_fold(
         _fold_forward[(count * cdiv(n, tiles["BLOCK_N"]),)](
             units, x.stride(0), x.stride(1), weights, scales, folded, folded.stride(0), n,
             DIMS=dims, WIDTH=width, BANDWIDTH=bandwidth, **tiles, DESCRIPTORS=descriptors, UPCAST=INTERPRETING,
-            PRECISION=_precision(), num_warps=_fold_warps(x.dtype, warps, descriptors), num_stages=stages,
+            PRECISION=_precision(x.device), num_warps=_fold_warps(x.dtype, warps, descriptors), num_stages=stages,
             enable_fp_fusion=True,
         )  # fmt: skip
     return folded
@@ -462,7 +462,7 @@ def _launch_matrices_backward(
         _matrices_backward[(count, bandwidth // tiles["BLOCK_K"], parts)](
             a, left.stride(0), left.stride(1), b, right.stride(0), right.stride(1), partial, n, span,
             DIMS=dims, WIDTH=width, BANDWIDTH=bandwidth, TOTAL=flat.numel(), **tiles,
-            DESCRIPTORS=descriptors, UPCAST=INTERPRETING, PRECISION=_precision(),
+            DESCRIPTORS=descriptors, UPCAST=INTERPRETING, PRECISION=_precision(left.device),
             num_warps=warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
         _matrices_finish[(width,)](
@@ -576,7 +576,9 @@ def compile_cases() -> list[CompileCase]:
         ("bf16", True, "ieee", hopper),
         ("bf16", False, "ieee", ("sm_80", "sm_90", "sm_100")),
         ("bf16", False, "ieee", ("gfx942",)),
-        ("fp32", True, "ieee", hopper),
+        ("fp32", True, "ieee", ("sm_100",)),
+        ("fp32", True, "tf32x3", ("sm_90",)),
+        ("fp32", False, "tf32x3", ("sm_90",)),
         ("fp32", True, "tf32", hopper),
         ("fp32", False, "ieee", others),
     )
@@ -602,7 +604,7 @@ def compile_cases() -> list[CompileCase]:
             CompileCase(
                 f"fold_{name}", _fold_forward, signature, {**common, **tiles, "BANDWIDTH": bandwidth, "units_col": 1},
                 _fold_warps(dtype, warps, descriptors), stages, aligned,
-                wants_wgmma=precision == "tf32" or kind == "bf16", flops=2 * n * total,
+                wants_wgmma=precision != "ieee" or kind == "bf16", flops=2 * n * total,
                 bytes=size * (2 * n * width + total), precision=unit, targets=targets, options=options,
             )
         )  # fmt: skip
@@ -617,7 +619,7 @@ def compile_cases() -> list[CompileCase]:
             CompileCase(
                 f"matrices_backward_{name}", _matrices_backward, signature,
                 {**common, **back_tiles, "BANDWIDTH": bandwidth, "TOTAL": total, "left_col": 1, "right_col": 1},
-                warps, stages, aligned, wants_wgmma=precision == "tf32" or kind == "bf16", flops=2 * n * total,
+                warps, stages, aligned, wants_wgmma=precision != "ieee" or kind == "bf16", flops=2 * n * total,
                 bytes=size * 2 * n * width + 32 * total, precision=unit, targets=targets, options=options,
             )
         )  # fmt: skip

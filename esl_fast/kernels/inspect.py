@@ -36,7 +36,7 @@ MODULES = ("aggregate", "select", "contribution", "similarity", "paired", "contr
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 
 H200_BANDWIDTH = 4.8e12
-H200_FLOPS = {"bf16": 790e12, "fp16": 790e12, "tf32": 400e12, "fp32": 60e12}
+H200_FLOPS = {"bf16": 790e12, "fp16": 790e12, "tf32": 400e12, "tf32x3": 133e12, "fp32": 60e12}
 
 
 @dataclass(frozen=True)

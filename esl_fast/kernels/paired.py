@@ -18,16 +18,15 @@ from esl_fast.kernels.inspect import TARGETS, CompileCase
 from esl_fast.kernels.tile import Plan, dot_precision, launch_options, row_product, tile_config, tile_constants
 
 PAIRS = 64
-LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 @triton.jit(do_not_specialize=["pairs", "units"])
 def _paired_kernel(
-    a, b, owners, scores, best, factor, lowest, pairs, units, a_row, a_unit, b_row, b_unit,
+    a, b, owners, scores, best, ranks, factor, lowest, pairs, units, a_row, a_unit, b_row, b_unit,
     PAIRS: tl.constexpr, DEPTH: tl.constexpr, OWNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """With ``OWNED``, scores that are not finite become the lowest finite number, and ``best`` takes each image's
-    highest; else ``lowest`` takes the lowest score times ``factor``."""
+    """With ``OWNED``, scores that are not finite become -inf, ``best`` takes each image's highest, and its rank gets to
+    ``pairs - 1``; else ``lowest`` takes the lowest score times ``factor``."""
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     live = pair < pairs
     image = pair
@@ -40,50 +39,49 @@ def _paired_kernel(
     index = tl.arange(0, PAIRS)
     own = tl.sum(tl.where(index[:, None] == index[None, :], acc, 0.0), 0)
     if OWNED:
-        own = tl.where(tl.abs(own) < float("inf"), own, LOWEST)
+        own = tl.where(tl.abs(own) < float("inf"), own, float("-inf"))
         tl.atomic_max(best + image, own, mask=live, sem="relaxed")
+        tl.store(ranks + image, pairs.to(tl.int64) - 1 + image * 0, mask=live)
     else:
         least = tl.min(tl.where(live, own * tl.load(factor).to(tl.float32), float("inf")), 0)
         tl.atomic_min(lowest + index * 0, least + index * 0.0, mask=index == 0, sem="relaxed")
     tl.store(scores + pair, own, mask=live)
 
 
-def paired_scores(plan: Plan, images: Tensor, texts: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+def paired_scores(plan: Plan, factor: Tensor) -> tuple[Tensor, Tensor]:
     """Scores ``(min(N, M),)``, float32, of image i with text i, and the lowest of them times ``factor ()``.
 
     ``plan`` is that of the all-pairs product with whose scores these are to be compared.
     """
-    scores = torch.empty(min(images.shape[0], texts.shape[0]), dtype=torch.float32, device=texts.device)
-    lowest = torch.full((), torch.inf, dtype=torch.float32, device=texts.device)
-    _launch(plan, images, texts, None, scores, None, factor, lowest)
+    scores = torch.empty(min(plan.n, plan.m), dtype=torch.float32, device=factor.device)
+    lowest = torch.full((), torch.inf, dtype=torch.float32, device=factor.device)
+    _launch(plan, None, scores, None, None, factor, lowest)
     return scores, lowest
 
 
-def owned_scores(plan: Plan, images: Tensor, texts: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
-    """Best score of each image among its own texts, and of each text with its image ``owners (M,)``, float32.
+def score_owned(plan: Plan, owners: Tensor, scores: Tensor, best: Tensor, ranks: Tensor) -> None:
+    """Write the score of each text with its image ``owners (M,)`` to ``scores``, and the best of each image that has
+    texts to ``best``, which holds -inf; that image's place in ``ranks`` becomes M - 1.
 
-    A score that is not finite is the lowest finite number. An image without texts has -inf.
+    A score that is not finite becomes -inf.
     """
-    scores = torch.empty(texts.shape[0], dtype=torch.float32, device=texts.device)
-    best = torch.full((images.shape[0],), -torch.inf, dtype=torch.float32, device=texts.device)
-    _launch(plan, images, texts, owners, scores, best, None, None)
-    return best, scores
+    _launch(plan, owners, scores, best, ranks, None, None)
 
 
 def _launch(
     plan: Plan,
-    images: Tensor,
-    texts: Tensor,
     owners: Tensor | None,
     scores: Tensor,
     best: Tensor | None,
+    ranks: Tensor | None,
     factor: Tensor | None,
     lowest: Tensor | None,
 ) -> None:
+    n, m, units, *strides = plan.sizes
+    pairs = min(n, m) if owners is None else m
     constants = {key: plan.constants[key] for key in ("DEPTH", "PRECISION", "UPCAST")}
-    _paired_kernel[(cdiv(scores.shape[0], PAIRS),)](
-        images, texts, owners, scores, best, factor, lowest, scores.shape[0], images.shape[1],
-        *images.stride(), *texts.stride(),
+    _paired_kernel[(cdiv(pairs, PAIRS),)](
+        *plan.tensors, owners, scores, best, ranks, factor, lowest, pairs, units, *strides,
         PAIRS=PAIRS, OWNED=owners is not None, **constants, **launch_options(plan.config) | {"num_warps": 4},
     )  # fmt: skip
 
@@ -91,8 +89,8 @@ def _launch(
 def compile_cases() -> list[CompileCase]:
     pairs, units = 25_000, 1_022  # COCO 5K
     sizes = dict.fromkeys(("pairs", "units", "a_row", "b_row"), "i32")
-    names = ("owners", "best", "factor", "lowest")
-    owned = {"owners": "*i64", "best": "*fp32"}
+    names = ("owners", "best", "ranks", "factor", "lowest")
+    owned = {"owners": "*i64", "best": "*fp32", "ranks": "*i64"}
     diagonal = {"factor": "*fp32", "lowest": "*fp32"}
     found = []
     for target in TARGETS:
@@ -100,7 +98,7 @@ def compile_cases() -> list[CompileCase]:
             precision = dot_precision(dtype)
             config = tile_config(target, precision, False)
             kind = "bf16" if dtype == torch.bfloat16 else "fp32"
-            constants = tile_constants(config, precision, tma=False)
+            constants = tile_constants(config, precision, target, tma=False)
             found += (
                 CompileCase(
                     name=f"paired_25k_{name}_{precision}",
@@ -114,7 +112,7 @@ def compile_cases() -> list[CompileCase]:
                     num_warps=4,
                     num_stages=config.num_stages,
                     divisible=("a", "b", "scores", *pointers, "a_row", "b_row"),
-                    wants_wgmma=target == "sm_90" and precision == "bf16",
+                    wants_wgmma=target == "sm_90",
                     flops=2.0 * pairs * PAIRS * units,
                     bytes=1.2 * dtype.itemsize * pairs * units,
                     precision=precision,

@@ -27,7 +27,8 @@ def retrieval_ranks(image_units: Tensor, folded_text_units: Tensor, owners: Tens
 
     Raises:
         TypeError, ValueError: wrong types, shapes or owners, or (CPU) non-finite units, naming the rows. On a GPU,
-            where looking would mean waiting, a score that is not finite never improves a rank.
+            where looking would mean waiting, NaN counts as reaching whatever it is compared with, and an item whose
+            right answer has a score that is not finite ranks last: what is broken does not pass for good.
     """
     checks.matrix("image_units", image_units)
     checks.matrix("folded_text_units", folded_text_units, image_units.shape[1])

@@ -75,7 +75,7 @@ def region_word_ranks(
         return captions.scores(region_units[images], texts, smooth, some)
 
     def count(images: slice, texts: slice, scores: Tensor) -> None:
-        scores.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
+        scores.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
         image_ranks[images] += (scores >= best[images, None]).sum(1)
         text_ranks[texts] += (scores >= positive[texts]).sum(0)
 

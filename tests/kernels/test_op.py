@@ -38,7 +38,8 @@ def test_results_may_be_written_to(which, device):
     op, args, leaves = calls(device)[which]
     doubled = torch.autograd.grad(op(*args).mul_(2).sum(), leaves)
     single = torch.autograd.grad(op(*args).sum(), leaves)
-    assert all(torch.equal(a, 2 * b) for a, b in zip(doubled, single, strict=True))
+    for a, b in zip(doubled, single, strict=True):  # another layout of the gradient is another order of summing
+        torch.testing.assert_close(a, 2 * b)
 
 
 def test_second_derivatives_are_right_or_refused(device):

@@ -58,18 +58,25 @@ def test_images_without_captions_rank_m(device):
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("side", ["image", "text"])
-def test_what_is_not_finite_never_helps(bad, side, device):
+def test_what_is_broken_does_not_pass_for_good(bad, side, device):
     a, b, owners = units(40, 9, device), units(130, 9, device, 1), owners_of(130, 40, device)
     a[:, 0] = b[:, 0] = 1
-    clean = retrieval_ranks(a, b, owners)
     (a if side == "image" else b)[7, 0] = bad
     image, text = retrieval_ranks(a, b, owners)
+    scores = a @ b.mT
     hit = owners == 7 if side == "image" else torch.arange(130, device=device) == 7
+    expected = reference(scores.nan_to_num(torch.inf, torch.inf, -torch.inf), owners)
+    # Without a finite score for its right answer an item is last; all else is by the definition.
     assert (text[hit] == 39).all()
+    assert torch.equal(text[~hit], expected[1][~hit])
     if side == "image":
-        assert (image[7] == 129).all()
-        assert (text >= clean[1]).all()
-    assert (image >= clean[0]).all()
+        assert image[7] == 129
+        assert torch.equal(image[torch.arange(40) != 7], expected[0][torch.arange(40) != 7])
+    else:
+        own = torch.arange(40, device=device) == owners[7]
+        assert torch.equal(image[~own], expected[0][~own])
+        others = [scores[owners[7], j] for j in range(130) if j != 7 and owners[j] == owners[7]]
+        assert image[own] == ((scores[owners[7]].nan_to_num(torch.inf) >= max(others)).sum() - 1 if others else 129)
 
 
 def test_everything_nan_ranks_last(device):

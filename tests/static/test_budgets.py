@@ -21,14 +21,10 @@ SPILLS = {
     ("aggregate.adaptive_backward_1152_normalized_fp32", "sm_80"): 40,
     ("aggregate.adaptive_backward_1152_raw_fp32", "sm_80"): 40,
     ("contrastive.contrastive_online_32k_diagonal_fp32_pointer", "sm_80"): 16,
-    ("contrastive.contrastive_gradient_4k_x_32k_diagonal_fp32_pointer", "sm_80"): 8,
     ("paired.paired_25k_owned_fp32", "sm_80"): 8,
-    ("contrastive.contrastive_sums_32k_positive_bf16_tma", "sm_100"): 8,
-    ("contrastive.contrastive_sums_32k_positive_bf16_pointer", "sm_100"): 56,
     ("contrastive.contrastive_online_32k_positive_bf16_tma", "sm_100"): 32,
     ("contrastive.contrastive_online_32k_ignore_bf16_pointer", "sm_100"): 88,
     ("contribution.fold_bf16_tma_sm_90", "sm_100"): 16,
-    ("ranks.count_5k_bf16_pointer", "sm_100"): 8,
     ("similarity.similarity_5k_tf32_pointer", "sm_100"): 24,
 }
 
