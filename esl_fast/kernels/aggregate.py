@@ -22,10 +22,11 @@ from esl_fast.kernels._common import cdiv, next_power_of_2, on_device_of, padded
 from esl_fast.kernels._op import op
 from esl_fast.kernels.inspect import CompileCase
 from esl_fast.kernels.select import Selection, adaptive_dims, locate, selection_dims
+from esl_fast.kernels.tile import processors
 
 EPS = tl.constexpr(1e-8)
 CHAINS = ("normalized", "raw")
-MAX_SAMPLES = 32768  # a launch of the adaptive forward, whose scratch memory this bounds (128 MB for 1,020 units)
+PROGRAMS = 16  # of the adaptive forward on a multiprocessor, one warp each
 
 
 @triton.jit
@@ -294,18 +295,9 @@ def aggregate_heuristic(x: Tensor, taps: Tensor, chain: str, normalize: bool = T
 
 # Adaptive: each unit of a level is a combination of the few units of the level before that its row selected.
 #
-# Any unit may be selected, so a program passes its levels through memory, transposed: a unit's values for all of the
-# program's embeddings lie side by side, and reading a selected unit is one contiguous access. Only the program itself
-# reads what it wrote, after a barrier, which orders the block's accesses to global memory too. `tl.gather` would need
-# no memory but compiles to a shuffle for every register of its source, or to local memory.
-
-
-@triton.jit
-def _store_level(chain_ptr, chain_row, samples, values, FIRST: tl.constexpr, DIM: tl.constexpr):
-    """Write ``values (samples, units)`` transposed, for :func:`_combine` to read."""
-    unit = tl.arange(0, values.shape[1]).to(tl.int64)
-    pointers = chain_ptr + (FIRST + unit)[None, :] * chain_row + samples[:, None]
-    tl.store(pointers, values, mask=(unit < DIM)[None, :])
+# Any unit may be selected, so levels pass through memory: the first is read where the embeddings lie, a later one where
+# the program itself wrote it, after a barrier, which orders the block's accesses to global memory too. `tl.gather`
+# would need no memory but compiles to a shuffle for every register of its source, or to local memory.
 
 
 @triton.jit
@@ -317,53 +309,73 @@ def _load_slot(indices_ptr, values_ptr, slot, unit, DIM: tl.constexpr):
 
 @triton.jit
 def _combine(
-    chain_ptr, chain_row, samples, FIRST: tl.constexpr, indices_ptr, values_ptr, counts_ptr,
-    DIM: tl.constexpr, PADDED: tl.constexpr, SLOTS: tl.constexpr,
+    level, stride, indices_ptr, values_ptr, counts_ptr,
+    DIM: tl.constexpr, PADDED: tl.constexpr, SLOTS: tl.constexpr, WRITTEN: tl.constexpr,
 ):  # fmt: skip
-    """``out[:, i] = sum over slots of values[slot, i] * level[:, indices[slot, i]]`` of the level stored at ``FIRST``.
+    """``out[:, i] = sum over slots of values[slot, i] * level[:, indices[slot, i]]``.
 
-    The longest list bounds the loop, of at most ``SLOTS``. Slots beyond a shorter list hold zeros.
+    ``level`` points to unit 0 of each sample ``(samples, 1)``, units lie ``stride`` apart; ``WRITTEN``: the program has
+    just done so. The longest list bounds the loop, of at most ``SLOTS``. Slots beyond a shorter list hold zeros.
     """
     # What the barrier need not hold back: two slots are all that most lists have.
     unit = tl.arange(0, PADDED)
     slots = tl.max(tl.load(counts_ptr + unit, mask=unit < DIM, other=0), 0)
     index, value = _load_slot(indices_ptr, values_ptr, 0, unit, DIM)
     second_index, second_value = _load_slot(indices_ptr, values_ptr, min(1, SLOTS - 1), unit, DIM)
-    tl.debug_barrier()
-    level = chain_ptr + FIRST * chain_row + samples[:, None]
-    out = value[None, :] * tl.load(level + index[None, :] * chain_row)
+    if WRITTEN:
+        tl.debug_barrier()
+    out = value[None, :] * tl.load(level + index[None, :] * stride).to(tl.float32)
     if SLOTS > 1:
-        out += second_value[None, :] * tl.load(level + second_index[None, :] * chain_row)
+        out += second_value[None, :] * tl.load(level + second_index[None, :] * stride).to(tl.float32)
     for slot in range(2, slots):
         index, value = _load_slot(indices_ptr, values_ptr, slot, unit, DIM)
-        out += value[None, :] * tl.load(level + index[None, :] * chain_row)
+        out += value[None, :] * tl.load(level + index[None, :] * stride).to(tl.float32)
     return out
 
 
 @triton.jit(do_not_specialize=["n"])
 def _adaptive_forward(
-    x_ptr, x_row, x_col, columns_ptr, values_ptr, counts_ptr, chain_ptr, chain_row, units_ptr, units_row, n,
-    DIMS: tl.constexpr, PADDED: tl.constexpr, OFFSETS: tl.constexpr, STARTS: tl.constexpr,
+    x_ptr, x_row, x_col, columns_ptr, values_ptr, counts_ptr, chain_ptr, units_ptr, units_row, n,
+    DIMS: tl.constexpr, PADDED: tl.constexpr, OFFSETS: tl.constexpr, STARTS: tl.constexpr, CHAIN: tl.constexpr,
     ROWS: tl.constexpr, RAW: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
+    """``chain_ptr`` has ``CHAIN`` elements a row of each program, which it uses again for its next rows."""
     LEVELS: tl.constexpr = len(DIMS) - 1
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, PADDED[0]).to(tl.int64)
-    z, _ = _load_embeddings(x_ptr, x_row, x_col, rows, columns, n, DIMS[0], NORMALIZE)
-    _store_units(units_ptr, units_row, rows, columns, n, z, 0, DIMS[0])
-    for level in tl.static_range(1, LEVELS + 1):
-        _store_level(chain_ptr, chain_row, rows, z, OFFSETS[level - 1], DIMS[level - 1])
-        start = STARTS[level - 1]
-        z = _combine(
-            chain_ptr, chain_row, rows, OFFSETS[level - 1], columns_ptr + start, values_ptr + start,
-            counts_ptr + (OFFSETS[level] - DIMS[0]), DIMS[level], PADDED[level], DIMS[level - 1],
-        )  # fmt: skip
-        units, _ = _l2norm(z)
-        columns = tl.arange(0, PADDED[level]).to(tl.int64)
-        _store_units(units_ptr, units_row, rows, columns, n, units, OFFSETS[level], DIMS[level])
-        if not RAW:
-            z = units
-    _zero_padding(units_ptr, units_row, rows, n, OFFSETS[LEVELS + 1])
+    own = tl.arange(0, ROWS).to(tl.int64)
+    chain = chain_ptr + ((own * 0 + tl.program_id(0)) * ROWS + own)[:, None] * CHAIN
+    for block in range(tl.program_id(0), tl.cdiv(n, ROWS), tl.num_programs(0)):
+        rows = (own * 0 + block) * ROWS + own
+        columns = tl.arange(0, PADDED[0]).to(tl.int64)
+        z, norm = _load_embeddings(x_ptr, x_row, x_col, rows, columns, n, DIMS[0], NORMALIZE)
+        _store_units(units_ptr, units_row, rows, columns, n, z, 0, DIMS[0])
+        level = x_ptr + tl.minimum(rows, n - 1)[:, None] * x_row
+        stride = x_col
+        for k in tl.static_range(1, LEVELS + 1):
+            if k > 1:
+                level = chain + (OFFSETS[k - 1] - DIMS[0])
+                stride = 1
+                tl.store(level + columns[None, :], z, mask=(columns < DIMS[k - 1])[None, :])
+            z = _combine(
+                level, stride, columns_ptr + STARTS[k - 1], values_ptr + STARTS[k - 1],
+                counts_ptr + (OFFSETS[k] - DIMS[0]), DIMS[k], PADDED[k], DIMS[k - 1], k > 1,
+            )  # fmt: skip
+            if k == 1 and NORMALIZE:
+                z = z * (1.0 / norm)[:, None]
+            units, _ = _l2norm(z)
+            columns = tl.arange(0, PADDED[k]).to(tl.int64)
+            _store_units(units_ptr, units_row, rows, columns, n, units, OFFSETS[k], DIMS[k])
+            if not RAW:
+                z = units
+        _zero_padding(units_ptr, units_row, rows, n, OFFSETS[LEVELS + 1])
+        tl.debug_barrier()  # before the next rows' levels overwrite these
+
+
+@triton.jit
+def _store_transposed(chain_ptr, chain_row, samples, values, FIRST: tl.constexpr, DIM: tl.constexpr):
+    """Write ``values (samples, units)`` where a unit's values for all samples lie side by side."""
+    unit = tl.arange(0, values.shape[1]).to(tl.int64)
+    pointers = chain_ptr + (FIRST + unit)[None, :] * chain_row + samples[:, None]
+    tl.store(pointers, values, mask=(unit < DIM)[None, :])
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -383,11 +395,12 @@ def _adaptive_backward(
     units = (x,)
     norms = (x_norm,)
     for level in tl.static_range(1, LEVELS + 1):
-        _store_level(chain_ptr, chain_row, rows, z, OFFSETS[level - 1], DIMS[level - 1])
+        _store_transposed(chain_ptr, chain_row, rows, z, OFFSETS[level - 1], DIMS[level - 1])
         start = STARTS[level - 1]
         z = _combine(
-            chain_ptr, chain_row, rows, OFFSETS[level - 1], columns_ptr + start, values_ptr + start,
-            counts_ptr + (OFFSETS[level] - DIMS[0]), DIMS[level], PADDED[level], DIMS[level - 1],
+            chain_ptr + OFFSETS[level - 1] * chain_row + rows[:, None], chain_row,
+            columns_ptr + start, values_ptr + start, counts_ptr + (OFFSETS[level] - DIMS[0]),
+            DIMS[level], PADDED[level], DIMS[level - 1], True,
         )  # fmt: skip
         unit, norm = _l2norm(z)
         units = units + (unit,)
@@ -403,11 +416,12 @@ def _adaptive_backward(
             grad = _l2norm_backward(grad, units[level], norms[level]) + carried
         else:
             grad = _l2norm_backward(grad + carried, units[level], norms[level])
-        _store_level(grad_z_ptr, chain_row, rows, grad, OFFSETS[level] - DIMS[0], DIMS[level])
+        _store_transposed(grad_z_ptr, chain_row, rows, grad, OFFSETS[level] - DIMS[0], DIMS[level])
         start = STARTS[level - 1]
         carried = _combine(
-            grad_z_ptr, chain_row, rows, OFFSETS[level] - DIMS[0], back_rows_ptr + start, back_values_ptr + start,
-            back_counts_ptr + OFFSETS[level - 1], DIMS[level - 1], PADDED[level - 1], DIMS[level],
+            grad_z_ptr + (OFFSETS[level] - DIMS[0]) * chain_row + rows[:, None], chain_row,
+            back_rows_ptr + start, back_values_ptr + start, back_counts_ptr + OFFSETS[level - 1],
+            DIMS[level - 1], PADDED[level - 1], DIMS[level], True,
         )  # fmt: skip
     grad = _load_gradient(grad_ptr, grad_row, grad_col, rows, x_columns, n, 0, DIMS[0]) + carried
     _store_embedding_gradient(grad_x_ptr, rows, x_columns, n, grad, x, x_norm, DIMS[0], NORMALIZE)
@@ -453,8 +467,9 @@ def _adaptive_weights_backward(
 
 
 @cache
-def _adaptive_config(dims: tuple[int, ...]) -> tuple[dict, int]:
-    """Constants of the adaptive kernels and their number of warps; levels of no unit at all are left out."""
+def _adaptive_config(dims: tuple[int, ...]) -> tuple[dict, dict, dict]:
+    """Constants of the adaptive kernels, and those of the forward and of the backward alone with their number of warps;
+    levels of no unit at all are left out."""
     rows, columns = selection_dims(dims)
     dims = (dims[0], *rows)
     padded = tuple(next_power_of_2(dim) for dim in dims)
@@ -463,9 +478,11 @@ def _adaptive_config(dims: tuple[int, ...]) -> tuple[dict, int]:
         "PADDED": padded,
         "OFFSETS": (0, *accumulate(dims)),
         "STARTS": (0, *accumulate(r * c for r, c in zip(rows, columns, strict=True))),
-        "ROWS": max(1, min(8, 4096 // padded[0])),
     }
-    return constants, 4 if padded[0] <= 512 else 8
+    chain = cdiv(sum(dims[1:-1]), 32) * 32  # whole sectors
+    forward = {"ROWS": max(1, 512 // padded[0]), "CHAIN": chain, "num_warps": max(1, padded[0] // 1024)}
+    backward = {"ROWS": max(1, min(8, 4096 // padded[0])), "num_warps": 4 if padded[0] <= 512 else 8}
+    return constants, forward, backward
 
 
 def _transposed(units: int, samples: int, device: torch.device) -> Tensor:
@@ -478,18 +495,16 @@ def _aggregate_adaptive(
     x: Tensor, weights: list[Tensor], selection: list[Tensor], chain: str, normalize: bool
 ) -> Tensor:
     raw = _check_chain(chain)
-    constants, warps = _adaptive_config(adaptive_dims(weights))
+    constants, config, _ = _adaptive_config(adaptive_dims(weights))
     units = padded_rows(x.shape[0], constants["OFFSETS"][-1], x.dtype, x.device)
     _, columns, values, counts, *_ = selection
-    chunk = min(x.shape[0], MAX_SAMPLES)
-    read = _transposed(sum(constants["DIMS"][:-1]), chunk, x.device)
-    with on_device_of(x):
-        for begin in range(0, x.shape[0], MAX_SAMPLES):
-            part, out = x[begin : begin + chunk], units[begin : begin + chunk]
-            _adaptive_forward[(cdiv(part.shape[0], constants["ROWS"]),)](
-                part, x.stride(0), x.stride(1), columns, values, counts, read, read.stride(0),
-                out, units.stride(0), part.shape[0],
-                **constants, RAW=raw, NORMALIZE=normalize, num_warps=warps, enable_fp_fusion=True,
+    programs = min(cdiv(x.shape[0], config["ROWS"]), PROGRAMS * processors(x.device))
+    between = torch.empty(programs * config["ROWS"] * config["CHAIN"], dtype=torch.float32, device=x.device)
+    if programs:
+        with on_device_of(x):
+            _adaptive_forward[(programs,)](
+                x, x.stride(0), x.stride(1), columns, values, counts, between, units, units.stride(0), x.shape[0],
+                **constants, **config, RAW=raw, NORMALIZE=normalize, enable_fp_fusion=True,
             )  # fmt: skip
     return units
 
@@ -505,7 +520,7 @@ def _aggregate_adaptive_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients to the embeddings and to all weights in one float32 buffer (empty unless ``to_weights``)."""
     raw = _check_chain(chain)
-    constants, warps = _adaptive_config(tuple(dims))
+    constants, _, config = _adaptive_config(tuple(dims))
     n = x.shape[0]
     rows, columns_in = selection_dims(tuple(dims))
     weights, columns, values, counts, back_rows, back_values, back_counts = selection
@@ -517,10 +532,10 @@ def _aggregate_adaptive_backward(
     grad_z = _transposed(sum(rows), n, x.device)
     read = _transposed(sum(columns_in), n, x.device)
     with on_device_of(x):
-        _adaptive_backward[(cdiv(n, constants["ROWS"]),)](
+        _adaptive_backward[(cdiv(n, config["ROWS"]),)](
             grad, grad.stride(0), grad.stride(1), x, x.stride(0), x.stride(1), columns, values, counts,
             back_rows, back_values, back_counts, grad_x, grad_z, read, read.stride(0), n,
-            **constants, RAW=raw, NORMALIZE=normalize, num_warps=warps, enable_fp_fusion=True,
+            **constants, **config, RAW=raw, NORMALIZE=normalize, enable_fp_fusion=True,
         )  # fmt: skip
         if to_weights:
             _adaptive_weights_backward[(sum(rows),)](
@@ -622,22 +637,26 @@ def compile_cases() -> list[CompileCase]:
             ]  # fmt: skip
     for dim, dtype in ((512, "bf16"), (1152, "fp32")):
         dims = tuple(dim >> level for level in range(9))
-        constants, warps = _adaptive_config(dims)
+        constants, forward_config, backward_config = ({**part} for part in _adaptive_config(dims))
+        warps = forward_config.pop("num_warps"), backward_config.pop("num_warps")
         rows, columns = selection_dims(dims)
         count = 5000 * sum(dims)
         width = 4 if dtype == "fp32" else 2
         for chain in CHAINS:
             flags = {"RAW": chain == "raw", "NORMALIZE": True}
             scratch = {"chain_ptr": "*fp32", "chain_row": "i32"}
+            forward = {**embeddings, **units, **lists, "chain_ptr": "*fp32"}
             backward = {**embeddings, **gradients, **lists, **back, **scratch, "grad_z_ptr": "*fp32"}
             name = f"{dim}_{chain}_{dtype}"
             found += [
                 case(
-                    f"adaptive_forward_{name}", _adaptive_forward, {**embeddings, **units, **lists, **scratch},
-                    {**constants, **flags}, warps, dtype=dtype, flops=4 * count, size=width * (5000 * dim + count),
+                    f"adaptive_forward_{name}", _adaptive_forward, forward,
+                    {**constants, **forward_config, **flags}, warps[0],
+                    dtype=dtype, flops=4 * count, size=width * (5000 * dim + count),
                 ),
                 case(
-                    f"adaptive_backward_{name}", _adaptive_backward, backward, {**constants, **flags}, warps,
+                    f"adaptive_backward_{name}", _adaptive_backward, backward,
+                    {**constants, **backward_config, **flags}, warps[1],
                     dtype=dtype, flops=12 * count, size=width * (10000 * dim + count) + 8 * count,
                 ),
             ]  # fmt: skip

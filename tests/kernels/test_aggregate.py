@@ -267,11 +267,13 @@ def test_deterministic(adaptive, device):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_adaptive_in_chunks(monkeypatch, device):
-    weights = adaptive_weights([8, 4, 2], device)
-    x = torch.randn(21, 8).to(device)
+@pytest.mark.parametrize("dims", [[8, 4], [8, 4, 2], [256, 128, 64]])
+def test_adaptive_forward_of_more_than_all_programs_take_at_once(dims, monkeypatch, device):
+    weights = adaptive_weights(dims, device)
+    x = torch.randn(21, dims[0]).to(device)
     wanted = kernels.aggregate_adaptive(x, weights, select(weights), "raw")
-    monkeypatch.setattr(kernels, "MAX_SAMPLES", 8)
+    monkeypatch.setattr(kernels, "PROGRAMS", 1)
+    monkeypatch.setattr(kernels, "processors", lambda device: 2)
     assert torch.equal(kernels.aggregate_adaptive(x, weights, select(weights), "raw"), wanted)
 
 
