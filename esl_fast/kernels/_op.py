@@ -8,6 +8,8 @@ ordinary function, or an ordinary `torch.autograd.Function` where a gradient is 
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,11 +24,14 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Op:
-    """A kernel's op; made by :func:`op`. ``registered`` is what the dispatcher knows."""
+    """A kernel's op; made by :func:`op`. ``registered`` is what the dispatcher knows, ``run`` the bare function."""
+
+    setup_context: Callable
+    backward: Callable
 
     def __init__(self, name: str, run: Callable, mutates: Sequence[str]) -> None:
         self._custom = torch.library.custom_op(f"esl_fast::{name}", run, mutates_args=mutates, device_types=DEVICES)
-        self._run = run
+        self.run = run
         self._defaults = tuple(parameter.default for parameter in inspect.signature(run).parameters.values())
         self._function: type[torch.autograd.Function] | None = None
         self.registered = getattr(torch.ops.esl_fast, name).default
@@ -37,8 +42,9 @@ class Op:
     def register_autograd(self, backward: Callable, *, setup_context: Callable, twice: bool = False) -> None:
         """As `torch.library.register_autograd`; ``twice``: ``backward`` is differentiable itself."""
         backward = without_autocast(backward)
+        self.setup_context, self.backward = setup_context, backward
         self._custom.register_autograd(backward, setup_context=setup_context)
-        self._function = _make_function(self._run, backward, setup_context, twice)
+        self._function = _make_function(self.run, backward, setup_context, twice)
 
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -50,11 +56,11 @@ class Op:
                 tensors.append(arg)
             elif isinstance(arg, list | tuple):
                 tensors.extend(x for x in arg if isinstance(x, Tensor))
-        if not _plain(tensors):
+        if not plain(tensors):
             return self.registered(*args)
         if self._function is None or not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
             with torch.no_grad():
-                return self._run(*args)
+                return self.run(*args)
         if not any(isinstance(arg, list | tuple) for arg in args):
             return self._function.apply(None, *args)
         lengths = tuple(len(arg) if isinstance(arg, list | tuple) and _has_tensors(arg) else -1 for arg in args)
@@ -68,7 +74,8 @@ def op(name: str, *, mutates: Sequence[str] = ()) -> Callable[[Callable], Op]:
     return lambda run: Op(name, run, mutates)
 
 
-def _plain(tensors: list[Tensor]) -> bool:
+def plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether nothing but eager code will see what is done with these tensors."""
     return (
         all(type(x) in PLAIN for x in tensors)
         and torch._C._len_torch_dispatch_stack() == 0
@@ -80,7 +87,7 @@ def _make_function(run: Callable, backward: Callable, setup: Callable, twice: bo
     """``apply(lengths, *flat)``: autograd sees tensors in a list only where the list is spread out."""
 
     def forward(ctx, lengths: tuple[int, ...] | None, *flat: Any) -> Any:
-        args = flat if lengths is None else _gather(flat, lengths)
+        args = flat if lengths is None else gather(flat, lengths)
         output = run(*args)
         ctx.lengths = lengths
         setup(ctx, args, output)
@@ -89,7 +96,7 @@ def _make_function(run: Callable, backward: Callable, setup: Callable, twice: bo
     def differentiate(ctx, *grads: Tensor) -> tuple:
         needed = ctx.needs_input_grad
         try:
-            ctx.needs_input_grad = needed[1:] if ctx.lengths is None else _gather(needed[1:], ctx.lengths)
+            ctx.needs_input_grad = needed[1:] if ctx.lengths is None else gather(needed[1:], ctx.lengths)
             results = backward(ctx, *grads)
         finally:
             ctx.needs_input_grad = needed
@@ -106,11 +113,46 @@ def _make_function(run: Callable, backward: Callable, setup: Callable, twice: bo
     return type("EslFastBackward", (torch.autograd.Function,), members)
 
 
+class Step:
+    """An op's call inside of an autograd function that makes several: what the op takes for its ``ctx``."""
+
+    saved_tensors: tuple[Tensor, ...]
+
+    def __init__(self, op: Op, *args: Any) -> None:
+        self.op = op
+        self.output = op.run(*args)
+        op.setup_context(self, args, self.output)
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        self.saved_tensors = tensors
+
+    def backward(self, saved: tuple[Tensor, ...], grad: Tensor) -> tuple:
+        self.saved_tensors = saved
+        try:
+            return self.op.backward(self, grad)
+        finally:
+            del self.saved_tensors
+
+
+def save_steps(ctx: Any, steps: Sequence[Step]) -> None:
+    """Leave steps in ``ctx``, and with autograd what they have saved."""
+    ctx.save_for_backward(*(tensor for step in steps for tensor in step.saved_tensors))
+    ctx.steps = [(step, len(step.saved_tensors)) for step in steps]
+    for step in steps:
+        del step.saved_tensors, step.output
+
+
+def backwards(ctx: Any) -> list[Callable[[Tensor], tuple]]:
+    """What turns the gradient of each step's output into those of its arguments."""
+    tensors = iter(ctx.saved_tensors)
+    return [partial(step.backward, tuple(islice(tensors, count))) for step, count in ctx.steps]
+
+
 def _has_tensors(arg: Sequence[Any]) -> bool:
     return bool(arg) and isinstance(arg[0], Tensor)
 
 
-def _gather(flat: Sequence[Any], lengths: Sequence[int]) -> tuple:
+def gather(flat: Sequence[Any], lengths: Sequence[int]) -> tuple:
     args, position = [], 0
     for n in lengths:
         args.append(flat[position] if n < 0 else list(flat[position : position + n]))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from esl_fast import ops
 from esl_fast.model import official
-from esl_fast.model.parts import Contribution, LevelHead
+from esl_fast.model.parts import Contribution, LevelHead, tensors_of
 from esl_fast.model.region_word import RegionWordHead
 from esl_fast.model.scores import InnerProducts
 
@@ -61,7 +61,7 @@ class Head(nn.Module):
         """
         self._check(image_features, text_features)
         if not ops.streams(image_features, text_features):
-            return self.scores(image_features, text_features).matrix()
+            return self._scores(image_features, text_features).matrix()
         dtype = torch.promote_types(image_features.dtype, text_features.dtype)
         features = {"image": image_features.to(dtype), "text": text_features.to(dtype)}
         smaller, larger = ("image", "text") if len(image_features) < len(text_features) else ("text", "image")
@@ -76,6 +76,9 @@ class Head(nn.Module):
     def scores(self, image_features: Tensor, text_features: Tensor) -> InnerProducts:
         """The similarity of features, for whatever consumes it; see :meth:`forward`."""
         self._check(image_features, text_features)
+        return self._scores(image_features, text_features)
+
+    def _scores(self, image_features: Tensor, text_features: Tensor) -> InnerProducts:
         ops.checks.finite("image_features", image_features)
         ops.checks.finite("text_features", text_features)
         return InnerProducts(*self.sides(image_features, text_features))
@@ -115,6 +118,28 @@ class ESLHead(LevelHead, Head):
 
     def text_units(self, y: Tensor) -> Tensor:
         return self.text(y)
+
+    def sides(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+        image, text, contribution = self.image, self.text, self.contribution
+        parameters = list(self.parameters())
+        if (
+            type(self) is not ESLHead  # another may make its units otherwise
+            or not ops.in_one_step(image_features, text_features, parameters, self._shapes)
+            or image.is_observed()
+            or text.is_observed()
+        ):
+            return super().sides(image_features, text_features)
+        (image_weights, image_cache), (text_weights, text_cache) = image.levels(), text.levels()
+        return ops.sides(
+            image_features,
+            text_features,
+            (image_weights, text_weights),
+            (contribution.w, contribution.temp_scale_1, contribution.temp_scale_2),
+            tensors_of(contribution.matrices),
+            chains=(image.chain, text.chain),
+            normalize=self.normalize,
+            caches=(image_cache, text_cache),
+        )
 
     def units_of(self, side: str, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         return (self.image if side == "image" else self.text).prepared(dtype)

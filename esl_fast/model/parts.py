@@ -60,6 +60,11 @@ class Aggregator(nn.Module):
         weights = weights if levels is None else weights[:levels]
         return ops.aggregate(x, weights, chain=self.chain, normalize=self.normalize, cache=cache)
 
+    def is_observed(self) -> bool:
+        """Whether hooks wait for calls of this module: then nobody may work around it."""
+        hooks = (self._forward_pre_hooks, self._forward_hooks, self._backward_pre_hooks, self._backward_hooks)
+        return any(hooks) or nn.modules.module._has_any_global_hook()
+
     def prepared(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         """What makes units of block after block; see :func:`esl_fast.ops.aggregator`."""
         weights, cache = self.levels()
@@ -183,6 +188,7 @@ class LevelHead(nn.Module):
         self.image = make_aggregator(aggregator, self.dims, kernel_size, "image", normalize=self.normalize)
         self.text = make_aggregator(aggregator, self.dims, kernel_size, "text", normalize=self.normalize)
         self.contribution = self.make_contribution()
+        self._shapes = [parameter.shape for parameter in self.parameters()]
 
     def make_contribution(self) -> nn.Module:
         raise NotImplementedError

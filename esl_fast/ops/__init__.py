@@ -15,12 +15,13 @@ from esl_fast.ops.region_word_retrieval import (
     rerank,
     rerank_ranks,
 )
+from esl_fast.ops.sides import in_one_step, sides
 from esl_fast.ops.similarity import similarity, streamed_similarity, streams
 from esl_fast.ops.topk import topk
 
 __all__ = [
     "SelectionCache", "aggregate", "aggregator", "checks", "contrastive_loss", "degrees", "fold", "hinge_loss",
-    "pack_captions", "region_word_hinge_loss", "region_word_ranks", "region_word_rerank",
-    "region_word_similarity", "region_word_topk", "rerank", "rerank_ranks", "retrieval_ranks", "similarity",
+    "in_one_step", "pack_captions", "region_word_hinge_loss", "region_word_ranks", "region_word_rerank",
+    "region_word_similarity", "region_word_topk", "rerank", "rerank_ranks", "retrieval_ranks", "sides", "similarity",
     "streamed_similarity", "streams", "topk", "use_backend",
 ]  # fmt: skip

@@ -1,0 +1,64 @@
+"""Both sides of a similarity at once, where that is faster than one op after another."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from esl_fast._autocast import without_autocast
+from esl_fast.ops.aggregate import SelectionCache
+from esl_fast.ops.backend import use_kernels
+
+Weights = Tensor | Sequence[Tensor]
+
+
+def in_one_step(images: Tensor, texts: Tensor, parameters: Sequence[Tensor], shapes: Sequence[torch.Size]) -> bool:
+    """Whether :func:`sides` serves: eager calls of the kernels, and nothing amiss.
+
+    What is amiss is found, and called by its name, by the ops one by one.
+    """
+    if torch.compiler.is_compiling() or not use_kernels(images):
+        return False
+    from esl_fast.kernels._op import plain  # Triton is imported only where it is used
+
+    device = images.device
+    return (
+        texts.dtype == images.dtype
+        and texts.device == device
+        and all(p.shape == s and p.device == device for p, s in zip(parameters, shapes, strict=True))
+        and plain([images, texts, *parameters])
+    )
+
+
+@without_autocast
+def sides(
+    images: Tensor,
+    texts: Tensor,
+    weights: tuple[Weights, Weights],
+    degrees: tuple[Tensor, Tensor, Tensor],
+    matrices: Sequence[Tensor],
+    *,
+    chains: tuple[str, str],
+    normalize: bool,
+    caches: tuple[SelectionCache | None, SelectionCache | None],
+) -> tuple[Tensor, Tensor]:
+    """Units of both sides, the smaller one folded: :func:`aggregate`, :func:`degrees` and :func:`fold`, to the bit.
+
+    Args:
+        images, texts: features ``(N, d)`` and ``(M, d)`` of one dtype.
+        weights: of the images' and of the texts' aggregator, each as :func:`aggregate` takes them.
+        degrees: ``w`` and both temperatures, as :func:`degrees` takes them; of the global variant.
+        matrices: D_k, one a level.
+        chains, normalize, caches: as in :func:`aggregate`.
+    """
+    from esl_fast.kernels.select import select  # Triton is imported only where it is used
+    from esl_fast.kernels.sides import sides as kernel
+
+    features = images, texts
+    if isinstance(weights[0], Tensor):
+        return kernel(features, degrees, matrices, [(taps,) for taps in weights], None, chains, normalize)
+    selections = []
+    for x, raw, cache in zip(features, weights, caches, strict=True):
+        fresh = cache is None or (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *raw)))
+        selections.append(select(raw) if fresh else cache.get(raw, select, "kernel"))
+    return kernel(features, degrees, matrices, weights, selections, chains, normalize)

@@ -1,0 +1,154 @@
+"""Both sides in one step of autograd, against the ops one by one."""
+
+import pytest
+import torch
+
+import esl_fast
+from esl_fast import ops
+from esl_fast.model.heads import Head
+
+AGGREGATORS = ["heuristic", "adaptive"]
+
+
+@pytest.fixture(autouse=True)
+def kernels():
+    with esl_fast.use_backend("triton"):
+        yield
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often both sides were made in one step."""
+    calls, sides = [], ops.sides
+    monkeypatch.setattr(ops, "sides", lambda *args, **options: calls.append(1) or sides(*args, **options))
+    return calls
+
+
+def make_head(aggregator, device):
+    torch.manual_seed(0)
+    head = esl_fast.ESLHead(24, num_levels=2, aggregator=aggregator).to(device)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(torch.randn_like(parameter) / 10)
+    return head
+
+
+def gradients(head, sides, images, texts, use=(0, 1)):
+    """Both sides and all gradients, what is weighed by numbers of its own."""
+    found = sides(images, texts)
+    used = [side for i, side in enumerate(found) if i in use and side.requires_grad]
+    if not used:
+        return found
+    leaves = [t for t in (images, texts, *head.parameters()) if t.requires_grad]
+    loss = sum((x.float() * torch.arange(x.numel(), device=x.device).view_as(x).sin()).sum() for x in used)
+    return *found, *torch.autograd.grad(loss, leaves, allow_unused=True)
+
+
+def assert_same(ours, expected):
+    for a, b in zip(ours, expected, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or (a.dtype == b.dtype and a.requires_grad == b.requires_grad and torch.equal(a, b))
+
+
+@pytest.mark.parametrize("aggregator", AGGREGATORS)
+@pytest.mark.parametrize("counts", [(3, 5), (5, 3), (4, 4), (0, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_equals_the_ops_one_by_one(aggregator, counts, dtype, device, calls):
+    head = make_head(aggregator, device)
+    # Sliced out of something wider: rows are not contiguous.
+    features = [torch.randn(n, 50, device=device).to(dtype)[:, 1:49:2].requires_grad_() for n in counts]
+    ours = gradients(head, head.sides, *features)
+    assert len(calls) == 1
+    assert_same(ours, gradients(head, lambda *pair: Head.sides(head, *pair), *features))
+
+
+SUBSETS = {
+    "features": lambda name: not name,
+    "images": lambda name: name == "",
+    "image aggregator": lambda name: name.startswith("image"),
+    "text aggregator": lambda name: name.startswith("text"),
+    "a matrix": lambda name: name == "contribution.matrices.1",
+    "degrees": lambda name: name == "contribution.w",
+}
+
+
+@pytest.mark.parametrize("aggregator", AGGREGATORS)
+@pytest.mark.parametrize("wanted", SUBSETS.values(), ids=SUBSETS)
+@pytest.mark.parametrize("use", [(0, 1), (0,), (1,)])
+def test_any_subset_of_gradients(aggregator, wanted, use, device, calls):
+    head = make_head(aggregator, device)
+    for name, parameter in head.named_parameters():
+        parameter.requires_grad_(wanted(name))
+    features = [torch.randn(n, 24, device=device).requires_grad_(wanted("")) for n in (5, 3)]
+    ours = gradients(head, head.sides, *features, use=use)
+    assert len(calls) == 1
+    assert_same(ours, gradients(head, lambda *pair: Head.sides(head, *pair), *features, use=use))
+
+
+def test_one_side_alone(device, calls):
+    head = make_head("heuristic", device).requires_grad_(False)
+    images, texts = torch.randn(5, 24, device=device, requires_grad=True), torch.randn(3, 24, device=device)
+    assert [side.requires_grad for side in head.sides(images, texts)] == [True, False]
+    with torch.no_grad():
+        assert not any(side.requires_grad for side in head.sides(images, texts))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("aggregator", AGGREGATORS)
+def test_autocast_changes_nothing(aggregator, device):
+    head = make_head(aggregator, device)
+    features = [torch.randn(n, 24, device=device, requires_grad=True) for n in (5, 3)]
+    expected = gradients(head, head.sides, *features)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert_same(gradients(head, head.sides, *features), expected)
+
+
+def test_sides_may_be_written_to(device):
+    head = make_head("heuristic", device)
+    features = [torch.randn(n, 24, device=device, requires_grad=True) for n in (5, 3)]
+    single, doubled = (
+        torch.autograd.grad(sum(side.mul_(factor).sum() for side in head.sides(*features)), features)
+        for factor in (1, 2)
+    )
+    assert all(torch.equal(2 * a, b) for a, b in zip(single, doubled, strict=True))
+
+
+def test_second_derivatives_are_refused(device):
+    head = make_head("heuristic", device)
+    features = [torch.randn(n, 24, device=device, requires_grad=True) for n in (5, 3)]
+    first = torch.autograd.grad(head.sides(*features)[0].square().sum(), features[0], create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+class Doubled(esl_fast.ESLHead):
+    def image_units(self, x):
+        return 2 * super().image_units(x)
+
+
+def test_what_is_overridden_or_observed_is_called(device, calls):
+    features = [torch.randn(n, 24, device=device) for n in (3, 5)]
+    head, doubled = make_head("heuristic", device), Doubled(24, num_levels=2).to(device)
+    doubled.load_state_dict(head.state_dict())
+    expected = head.sides(*features)[0]
+    torch.testing.assert_close(doubled.sides(*features)[0], 2 * expected)
+    seen = []
+    head.text.register_forward_hook(lambda *call: seen.append(1))
+    assert torch.equal(head.sides(*features)[0], expected)
+    assert len(seen) == len(calls) == 1
+
+
+@pytest.mark.parametrize("name", ["image", "matrices"])
+def test_what_does_not_fit_is_named(name, device):
+    head = make_head("adaptive", device)
+    weights = head.image.weights if name == "image" else head.contribution.matrices
+    weights[1] = torch.nn.Parameter(torch.ones(5, 4, device=device))
+    with pytest.raises(ValueError, match=r"level 2 has a matrix of shape|do not fit 3 levels"):
+        head(torch.randn(3, 24, device=device), torch.randn(5, 24, device=device))
+
+
+def test_mixed_dtypes(device, calls):
+    head = make_head("heuristic", device)
+    images, texts = torch.randn(3, 24, device=device).bfloat16(), torch.randn(5, 24, device=device)
+    assert {side.dtype for side in head.sides(images, texts)} == {torch.float32}
+    assert not calls
