@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from esl_fast.kernels._common import cdiv, next_power_of_2, on_device_of, padded_rows
+from esl_fast.kernels._launch import launch
 from esl_fast.kernels._op import op
 from esl_fast.kernels.inspect import CompileCase
 from esl_fast.kernels.select import Selection, adaptive_dims, locate, selection_dims
@@ -226,11 +227,12 @@ def _aggregate_heuristic(x: Tensor, taps: Tensor, chain: str, normalize: bool) -
     width = constants["OFFSETS"][-1]
     units = padded_rows(x.shape[0], width, x.dtype, x.device)
     if x.shape[0]:
-        grid = (cdiv(x.shape[0], constants["ROWS"]),)
+        grid = (cdiv(x.shape[0], constants["ROWS"]), 1, 1)
         with on_device_of(x):
-            _heuristic_forward[grid](
-                x, x.stride(0), x.stride(1), taps.contiguous(), units, units.stride(0), x.shape[0],
-                **constants, RAW=raw, NORMALIZE=normalize, num_warps=warps, enable_fp_fusion=True,
+            launch(
+                _heuristic_forward, grid,
+                (x, *x.stride(), taps.contiguous(), units, units.stride(0), x.shape[0]),
+                {**constants, "RAW": raw, "NORMALIZE": normalize, "num_warps": warps, "enable_fp_fusion": True},
             )  # fmt: skip
     return units
 
@@ -253,9 +255,10 @@ def _aggregate_heuristic_backward(
     partial = torch.empty((programs, levels, taps.shape[1]), dtype=torch.float32, device=x.device)
     if programs:
         with on_device_of(x):
-            _heuristic_backward[(programs,)](
-                grad, grad.stride(0), grad.stride(1), x, x.stride(0), x.stride(1), taps.contiguous(), grad_x, partial,
-                x.shape[0], **constants, RAW=raw, NORMALIZE=normalize, num_warps=warps, enable_fp_fusion=True,
+            launch(
+                _heuristic_backward, (programs, 1, 1),
+                (grad, *grad.stride(), x, *x.stride(), taps.contiguous(), grad_x, partial, x.shape[0]),
+                {**constants, "RAW": raw, "NORMALIZE": normalize, "num_warps": warps, "enable_fp_fusion": True},
             )  # fmt: skip
     grad_taps = partial.sum(0)
     if levels < taps.shape[0]:
@@ -502,9 +505,10 @@ def _aggregate_adaptive(
     between = torch.empty(programs * config["ROWS"] * config["CHAIN"], dtype=torch.float32, device=x.device)
     if programs:
         with on_device_of(x):
-            _adaptive_forward[(programs,)](
-                x, x.stride(0), x.stride(1), columns, values, counts, between, units, units.stride(0), x.shape[0],
-                **constants, **config, RAW=raw, NORMALIZE=normalize, enable_fp_fusion=True,
+            launch(
+                _adaptive_forward, (programs, 1, 1),
+                (x, *x.stride(), columns, values, counts, between, units, units.stride(0), x.shape[0]),
+                {**constants, **config, "RAW": raw, "NORMALIZE": normalize, "enable_fp_fusion": True},
             )  # fmt: skip
     return units
 
@@ -532,16 +536,22 @@ def _aggregate_adaptive_backward(
     grad_z = _transposed(sum(rows), n, x.device)
     read = _transposed(sum(columns_in), n, x.device)
     with on_device_of(x):
-        _adaptive_backward[(cdiv(n, config["ROWS"]),)](
-            grad, grad.stride(0), grad.stride(1), x, x.stride(0), x.stride(1), columns, values, counts,
-            back_rows, back_values, back_counts, grad_x, grad_z, read, read.stride(0), n,
-            **constants, **config, RAW=raw, NORMALIZE=normalize, enable_fp_fusion=True,
+        launch(
+            _adaptive_backward, (cdiv(n, config["ROWS"]), 1, 1),
+            (
+                grad, *grad.stride(), x, *x.stride(), columns, values, counts,
+                back_rows, back_values, back_counts, grad_x, grad_z, read, read.stride(0), n,
+            ),
+            {**constants, **config, "RAW": raw, "NORMALIZE": normalize, "enable_fp_fusion": True},
         )  # fmt: skip
         if to_weights:
-            _adaptive_weights_backward[(sum(rows),)](
-                grad_z, read, read.stride(0), n, weights, columns, values, counts, grad_weights,
-                ROW_DIMS=rows, COLUMN_DIMS=columns_in, **_weights_blocks(max(columns_in)),
-                num_warps=4, enable_fp_fusion=True,
+            launch(
+                _adaptive_weights_backward, (sum(rows), 1, 1),
+                (grad_z, read, read.stride(0), n, weights, columns, values, counts, grad_weights),
+                {
+                    "ROW_DIMS": rows, "COLUMN_DIMS": columns_in, **_weights_blocks(max(columns_in)),
+                    "num_warps": 4, "enable_fp_fusion": True,
+                },
             )  # fmt: skip
     return grad_x, grad_weights
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from esl_fast.kernels._common import INTERPRETING, cdiv, exact_float32, next_power_of_2, on_device_of, padded_rows
+from esl_fast.kernels._launch import launch
 from esl_fast.kernels._op import op
 from esl_fast.kernels.inspect import CompileCase
 from esl_fast.kernels.select import locate
@@ -94,14 +95,16 @@ def _degrees_backward(
     tl.store(grad_2_ptr, tl.sum(grad * raised * w * distance, 0) * sharpness)
 
 
-def _degrees_constants(w: Tensor, sigmoid_gate: bool, sharp: bool, mean: bool) -> dict:
-    levels = w.numel()
+@cache
+def _degrees_constants(levels: int, sigmoid_gate: bool, sharp: bool, mean: bool) -> dict:
     return {
         "FACTOR": 1.0 / levels if mean else 1.0,
         "LEVELS": levels,
         "BLOCK": next_power_of_2(levels),
         "SIGMOID_GATE": sigmoid_gate,
         "SHARP": sharp,
+        "num_warps": 1,
+        "enable_fp_fusion": True,
     }
 
 
@@ -111,9 +114,9 @@ def _degrees_scales(
 ) -> Tensor:
     scales = torch.empty(w.shape, dtype=torch.float32, device=w.device)
     with on_device_of(w):
-        _degrees_forward[(1,)](
-            w.contiguous(), temp_scale_1, temp_scale_2, scales,
-            **_degrees_constants(w, sigmoid_gate, sharp, mean), num_warps=1, enable_fp_fusion=True,
+        launch(
+            _degrees_forward, (1, 1, 1), (w.contiguous(), temp_scale_1, temp_scale_2, scales),
+            _degrees_constants(w.numel(), sigmoid_gate, sharp, mean),
         )  # fmt: skip
     return scales
 
@@ -137,9 +140,9 @@ def _degrees_scales_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (w, temp_scale_1, temp_scale_2)]
     with on_device_of(w):
-        _degrees_backward[(1,)](
-            grad.contiguous(), w.contiguous(), temp_scale_1, temp_scale_2, *grads,
-            **_degrees_constants(w, sigmoid_gate, sharp, mean), num_warps=1, enable_fp_fusion=True,
+        launch(
+            _degrees_backward, (1, 1, 1), (grad.contiguous(), w.contiguous(), temp_scale_1, temp_scale_2, *grads),
+            _degrees_constants(w.numel(), sigmoid_gate, sharp, mean),
         )  # fmt: skip
     return tuple(grads)
 
@@ -423,16 +426,22 @@ def _launch_fold(
         units = TensorDescriptor.from_tensor(x, [tiles["BLOCK_N"], tiles["BLOCK_K"]])
         weights = TensorDescriptor.from_tensor(packed, [tiles["BLOCK_C"], tiles["BLOCK_K"]])
     with on_device_of(x):
-        _pack[(packed.shape[0],)](
-            flat, packed, DIMS=dims, WIDTH=width, BANDWIDTH=bandwidth, BLOCK=next_power_of_2(bandwidth),
-            BLOCK_C=tiles["BLOCK_C"], BLOCK_K=tiles["BLOCK_K"], TRANSPOSED=transposed, num_warps=4,
-            enable_fp_fusion=True,
+        launch(
+            _pack, (packed.shape[0], 1, 1), (flat, packed),
+            {
+                "DIMS": dims, "WIDTH": width, "BANDWIDTH": bandwidth, "BLOCK": next_power_of_2(bandwidth),
+                "BLOCK_C": tiles["BLOCK_C"], "BLOCK_K": tiles["BLOCK_K"], "TRANSPOSED": transposed, "num_warps": 4,
+                "enable_fp_fusion": True,
+            },
         )  # fmt: skip
-        _fold_forward[(count * cdiv(n, tiles["BLOCK_N"]),)](
-            units, x.stride(0), x.stride(1), weights, scales, folded, folded.stride(0), n,
-            DIMS=dims, WIDTH=width, BANDWIDTH=bandwidth, **tiles, DESCRIPTORS=descriptors, UPCAST=INTERPRETING,
-            PRECISION=_precision(x.device), num_warps=_fold_warps(x.dtype, warps, descriptors), num_stages=stages,
-            enable_fp_fusion=True,
+        launch(
+            _fold_forward, (count * cdiv(n, tiles["BLOCK_N"]), 1, 1),
+            (units, *x.stride(), weights, scales, folded, folded.stride(0), n),
+            {
+                "DIMS": dims, "WIDTH": width, "BANDWIDTH": bandwidth, **tiles, "DESCRIPTORS": descriptors,
+                "UPCAST": INTERPRETING, "PRECISION": _precision(x.device),
+                "num_warps": _fold_warps(x.dtype, warps, descriptors), "num_stages": stages, "enable_fp_fusion": True,
+            },
         )  # fmt: skip
     return folded
 
@@ -459,18 +468,22 @@ def _launch_matrices_backward(
         b = TensorDescriptor.from_tensor(right, [tiles["BLOCK_N"], tiles["BLOCK_K"]])
     block = next_power_of_2(max(dims))
     with on_device_of(left):
-        _matrices_backward[(count, bandwidth // tiles["BLOCK_K"], parts)](
-            a, left.stride(0), left.stride(1), b, right.stride(0), right.stride(1), partial, n, span,
-            DIMS=dims, WIDTH=width, BANDWIDTH=bandwidth, TOTAL=flat.numel(), **tiles,
-            DESCRIPTORS=descriptors, UPCAST=INTERPRETING, PRECISION=_precision(left.device),
-            num_warps=warps, num_stages=stages, enable_fp_fusion=True,
+        launch(
+            _matrices_backward, (count, bandwidth // tiles["BLOCK_K"], parts),
+            (a, *left.stride(), b, *right.stride(), partial, n, span),
+            {
+                "DIMS": dims, "WIDTH": width, "BANDWIDTH": bandwidth, "TOTAL": flat.numel(), **tiles,
+                "DESCRIPTORS": descriptors, "UPCAST": INTERPRETING, "PRECISION": _precision(left.device),
+                "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True,
+            },
         )  # fmt: skip
-        _matrices_finish[(width,)](
-            partial, flat, scales, grad_matrices, products, parts,
-            DIMS=dims, TOTAL=flat.numel(), BLOCK=block, num_warps=2, enable_fp_fusion=True,
+        launch(
+            _matrices_finish, (width, 1, 1), (partial, flat, scales, grad_matrices, products, parts),
+            {"DIMS": dims, "TOTAL": flat.numel(), "BLOCK": block, "num_warps": 2, "enable_fp_fusion": True},
         )  # fmt: skip
-        _scales_finish[(len(dims),)](
-            products, grad_scales, DIMS=dims, BLOCK=block, num_warps=2, enable_fp_fusion=True
+        launch(
+            _scales_finish, (len(dims), 1, 1), (products, grad_scales),
+            {"DIMS": dims, "BLOCK": block, "num_warps": 2, "enable_fp_fusion": True},
         )  # fmt: skip
     return grad_matrices, grad_scales
 

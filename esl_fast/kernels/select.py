@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from esl_fast.kernels._common import next_power_of_2, on_device_of
+from esl_fast.kernels._launch import launch
 from esl_fast.kernels._op import op
 from esl_fast.kernels.inspect import CompileCase
 
@@ -160,14 +161,15 @@ def _select(weights: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
         selected = torch.empty_like(flat)
         with on_device_of(flat):
             block = next_power_of_2(max(columns))
-            _select_rows[(sum(rows),)](
-                flat, selected, columns_out, values, counts,
-                ROW_DIMS=rows, COLUMN_DIMS=columns, BLOCK=block, num_warps=_warps(block), enable_fp_fusion=True,
+            dims = {"ROW_DIMS": rows, "COLUMN_DIMS": columns}
+            launch(
+                _select_rows, (sum(rows), 1, 1), (flat, selected, columns_out, values, counts),
+                {**dims, "BLOCK": block, "num_warps": _warps(block), "enable_fp_fusion": True},
             )  # fmt: skip
             block = next_power_of_2(max(rows))
-            _select_columns[(sum(columns),)](
-                selected, back_rows, back_values, back_counts,
-                COLUMN_DIMS=columns, ROW_DIMS=rows, BLOCK=block, num_warps=_warps(block), enable_fp_fusion=True,
+            launch(
+                _select_columns, (sum(columns), 1, 1), (selected, back_rows, back_values, back_counts),
+                {**dims, "BLOCK": block, "num_warps": _warps(block), "enable_fp_fusion": True},
             )  # fmt: skip
     return flat, columns_out, values, counts, back_rows, back_values, back_counts
 

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from esl_fast.kernels._common import on_device_of, padded_rows, widened
+from esl_fast.kernels._launch import launch
 from esl_fast.kernels._op import op
 from esl_fast.kernels.inspect import CompileCase
 from esl_fast.kernels.tile import (
@@ -61,15 +62,11 @@ def _similarity_kernel(
 def write_similarity(plan: Plan, out: Tensor) -> None:
     """Write the product of ``plan`` to ``out (n, m)``, which comes from :func:`padded_rows` (its padding as well)."""
     programs = min(plan.programs, plan.row_blocks * plan.col_blocks)
-    _similarity_kernel[(programs,)](
-        *plan.operands,
-        output(plan, out),
-        *plan.sizes,
-        out.stride(0),
-        GROUP=GROUP,
-        FLATTEN=plan.flatten,
-        **plan.constants,
-        **launch_options(plan.config),
+    launch(
+        _similarity_kernel,
+        (programs, 1, 1),
+        (*plan.operands, output(plan, out), *plan.sizes, out.stride(0)),
+        {"GROUP": GROUP, "FLATTEN": plan.flatten, **plan.constants, **launch_options(plan.config)},
     )
 
 
