@@ -19,7 +19,11 @@ def without_autocast(op: Callable) -> Callable:
 
     @functools.wraps(op)
     def run(*args: Any, **kwargs: Any) -> Any:
-        device = next((a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), "cpu")
+        device = "cpu"
+        for argument in (*args, *kwargs.values()):
+            if isinstance(argument, Tensor):
+                device = argument.device.type
+                break
         if device not in DEVICES or not torch.is_autocast_enabled(device):
             return op(*args, **kwargs)
         with torch.autocast(device, enabled=False):

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,10 +16,13 @@ def runs_here(x: Tensor) -> bool:
     return x.is_cuda or INTERPRETING
 
 
+_HERE = contextlib.nullcontext()
+
+
 def on_device_of(x: Tensor):
     """Context in which kernels launch on the device (and its current stream) that holds ``x``."""
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
+        return _HERE
     return torch.cuda.device_of(x)
 
 
@@ -39,6 +43,13 @@ def cdiv(a: int, b: int) -> int:
 
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
+
+
+def matrices_of(flat: Tensor, shapes: Sequence[tuple[int, int]], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """The matrices that lie one after another in ``flat``."""
+    parts = flat.split_with_sizes([rows * columns for rows, columns in shapes])
+    matrices = [part.view(*shape) for part, shape in zip(parts, shapes, strict=True)]
+    return [m if m.dtype == dtype else m.to(dtype) for m, dtype in zip(matrices, dtypes, strict=True)]
 
 
 PADDING = 64  # rows of what the kernels allocate hold a multiple of this

@@ -47,21 +47,28 @@ class Op:
         self._function = _make_function(self.run, backward, setup_context, twice)
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not _eager():
             return self.registered(*args)
         args += self._defaults[len(args) :]
-        tensors = []
+        lists = gradient = False
         for arg in args:
-            if isinstance(arg, Tensor):
-                tensors.append(arg)
-            elif isinstance(arg, list | tuple):
-                tensors.extend(x for x in arg if isinstance(x, Tensor))
-        if not plain(tensors):
-            return self.registered(*args)
-        if self._function is None or not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+            if isinstance(arg, list | tuple):
+                lists = True
+                for x in arg:
+                    if isinstance(x, Tensor):
+                        if type(x) not in PLAIN:
+                            return self.registered(*args)
+                        gradient = gradient or x.requires_grad
+            elif isinstance(arg, Tensor):
+                if type(arg) not in PLAIN:
+                    return self.registered(*args)
+                gradient = gradient or arg.requires_grad
+        if not (gradient and torch.is_grad_enabled()):
+            return self.run(*args)
+        if self._function is None:
             with torch.no_grad():
                 return self.run(*args)
-        if not any(isinstance(arg, list | tuple) for arg in args):
+        if not lists:
             return self._function.apply(None, *args)
         lengths = tuple(len(arg) if isinstance(arg, list | tuple) and _has_tensors(arg) else -1 for arg in args)
         return self._function.apply(
@@ -74,13 +81,14 @@ def op(name: str, *, mutates: Sequence[str] = ()) -> Callable[[Callable], Op]:
     return lambda run: Op(name, run, mutates)
 
 
+def _eager() -> bool:
+    """Whether neither a dispatch mode nor a transform of `torch.func` waits for calls."""
+    return torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.peek_interpreter_stack() is None
+
+
 def plain(tensors: Sequence[Tensor]) -> bool:
     """Whether nothing but eager code will see what is done with these tensors."""
-    return (
-        all(type(x) in PLAIN for x in tensors)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
+    return _eager() and all(type(x) in PLAIN for x in tensors)
 
 
 def _make_function(run: Callable, backward: Callable, setup: Callable, twice: bool) -> type[torch.autograd.Function]:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from esl_fast.kernels._common import cdiv, next_power_of_2, on_device_of, padded_rows
+from esl_fast.kernels._common import cdiv, matrices_of, next_power_of_2, on_device_of, padded_rows
 from esl_fast.kernels._launch import launch
 from esl_fast.kernels._op import op
 from esl_fast.kernels.inspect import CompileCase
@@ -586,8 +586,7 @@ def _adaptive_autograd(ctx, grad: Tensor):
     grad_weights = [None] * len(ctx.dtypes)
     if ctx.to_weights:
         shapes = list(zip(ctx.dims[1:], ctx.dims, strict=False))
-        parts = flat.split([rows * columns for rows, columns in shapes])
-        grad_weights = [p.view(shape).to(dtype) for p, shape, dtype in zip(parts, shapes, ctx.dtypes, strict=True)]
+        grad_weights = matrices_of(flat, shapes, ctx.dtypes)
     return grad_x, grad_weights, [None] * len(selection), None, None
 
 

@@ -18,7 +18,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from esl_fast.kernels._common import INTERPRETING, cdiv, exact_float32, next_power_of_2, on_device_of, padded_rows
+from esl_fast.kernels._common import (
+    INTERPRETING,
+    cdiv,
+    exact_float32,
+    matrices_of,
+    next_power_of_2,
+    on_device_of,
+    padded_rows,
+)
 from esl_fast.kernels._launch import launch
 from esl_fast.kernels._op import op
 from esl_fast.kernels.inspect import CompileCase
@@ -397,9 +405,9 @@ def _descriptors(n: int, *operands: Tensor) -> bool:
 
 
 def _matrix_dims(matrices: Sequence[Tensor], units: Tensor) -> tuple[int, ...]:
-    dims = tuple(m.shape[0] for m in matrices)
-    if any(tuple(m.shape) != (dim, dim) for m, dim in zip(matrices, dims, strict=True)) or sum(dims) != units.shape[1]:
-        shapes = [tuple(m.shape) for m in matrices]
+    shapes = [tuple(m.shape) for m in matrices]
+    dims = tuple(shape[0] for shape in shapes)
+    if shapes != [(dim, dim) for dim in dims] or sum(dims) != units.shape[1]:
         raise ValueError(f"matrices must be (d_k, d_k) with sum d_k = {units.shape[1]}, got {shapes}")
     return tuple(dim for dim in dims if dim > 0)
 
@@ -545,8 +553,7 @@ def _fold_setup(ctx, inputs, output) -> None:
 def _fold_autograd(ctx, grad: Tensor):
     units, flat, scales = ctx.saved_tensors
     grad_units, grad_flat, grad_scales = _fold_backward(grad, units, flat, scales, ctx.dims, ctx.side)
-    parts = grad_flat.split([dim * dim for dim in ctx.dims])
-    grad_matrices = [p.view(dim, dim).to(dtype) for p, dim, dtype in zip(parts, ctx.dims, ctx.dtypes, strict=True)]
+    grad_matrices = matrices_of(grad_flat, [(dim, dim) for dim in ctx.dims], ctx.dtypes)
     missing = scales.shape[0] - grad_scales.shape[0]
     if missing:
         grad_scales = torch.nn.functional.pad(grad_scales, (0, missing))

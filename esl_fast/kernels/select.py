@@ -137,8 +137,14 @@ def adaptive_dims(weights: Sequence[Tensor]) -> tuple[int, ...]:
     return dims
 
 
+def _sizes(weights: Sequence[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Rows and columns of each level's weights; levels of no unit are left out."""
+    shapes = [(int(weight.shape[0]), int(weight.shape[1])) for weight in weights if weight.numel()]
+    return tuple(rows for rows, _ in shapes), tuple(columns for _, columns in shapes)
+
+
 def _empty_selection(weights: Sequence[Tensor]) -> list[Tensor]:
-    rows, columns = selection_dims(adaptive_dims(weights))
+    rows, columns = _sizes(weights)
     device = weights[0].device
     total = sum(r * c for r, c in zip(rows, columns, strict=True))
 
@@ -154,10 +160,10 @@ def _empty_selection(weights: Sequence[Tensor]) -> list[Tensor]:
 
 @op("select")
 def _select(weights: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows, columns = selection_dims(adaptive_dims(weights))
+    rows, columns = _sizes(weights)
     flat, columns_out, values, counts, back_rows, back_values, back_counts = _empty_selection(weights)
     if flat.numel():
-        torch.cat([weight.float().reshape(-1) for weight in weights], out=flat)
+        torch.cat([weight.reshape(-1) for weight in weights], out=flat)
         selected = torch.empty_like(flat)
         with on_device_of(flat):
             block = next_power_of_2(max(columns))
@@ -184,7 +190,16 @@ def select(weights: Sequence[Tensor]) -> Selection:
 
     It stays valid until a weight changes, so callers may keep it.
     """
+    adaptive_dims(weights)
     return Selection(*_select([weight.detach() for weight in weights]))
+
+
+@torch.no_grad()
+def select_both(images: Sequence[Tensor], texts: Sequence[Tensor]) -> tuple[Selection, Selection]:
+    """:func:`select` of weights of the same shapes, plain tensors all, at once."""
+    halves = zip(*(both.chunk(2) for both in _select.run([*images, *texts])), strict=True)
+    first, second = (Selection(*half) for half in halves)
+    return first, second
 
 
 def compile_cases() -> list[CompileCase]:

@@ -34,7 +34,7 @@ class _Sides(torch.autograd.Function):
             ]
         sides = [step.output for step in steps]
         images, texts = features
-        folded, name = (0, "image") if len(images) < len(texts) else (1, "text")
+        folded, name = (0, "image") if images.shape[0] < texts.shape[0] else (1, "text")
         scales = Step(_degrees_scales, *degrees, True, True, True)
         fold = Step(_fold, sides[folded], matrices, _flat(matrices), scales.output, name)
         sides[folded] = fold.output

@@ -112,8 +112,9 @@ def _backward(ctx, grad):
     image_units, folded_text_units = ctx.saved_tensors
     grad = grad.to(image_units.dtype)
     units = image_units.shape[1]
-    grad_image = (grad @ widened(folded_text_units))[:, :units] if ctx.needs_input_grad[0] else None
-    grad_text = (grad.mT @ widened(image_units))[:, :units] if ctx.needs_input_grad[1] else None
+    to_image, to_text = ctx.needs_input_grad[:2]
+    grad_image = torch.mm(grad, widened(folded_text_units))[:, :units] if to_image else None
+    grad_text = torch.mm(grad.t(), widened(image_units))[:, :units] if to_text else None
     return grad_image, grad_text, None
 
 

@@ -121,7 +121,9 @@ class ESLHead(LevelHead, Head):
 
     def sides(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
         image, text, contribution = self.image, self.text, self.contribution
-        parameters = list(self.parameters())
+        degrees = contribution.w, contribution.temp_scale_1, contribution.temp_scale_2
+        matrices = tensors_of(contribution.matrices)
+        parameters = [*image.raw(), *text.raw(), *degrees, *matrices]
         if (
             type(self) is not ESLHead  # another may make its units otherwise
             or not ops.in_one_step(image_features, text_features, parameters, self._shapes)
@@ -134,8 +136,8 @@ class ESLHead(LevelHead, Head):
             image_features,
             text_features,
             (image_weights, text_weights),
-            (contribution.w, contribution.temp_scale_1, contribution.temp_scale_2),
-            tensors_of(contribution.matrices),
+            degrees,
+            matrices,
             chains=(image.chain, text.chain),
             normalize=self.normalize,
             caches=(image_cache, text_cache),

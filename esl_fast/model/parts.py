@@ -54,6 +54,10 @@ class Aggregator(nn.Module):
         """Weights of levels 1 to L as :func:`esl_fast.ops.aggregate` takes them, and the cache for it."""
         raise NotImplementedError
 
+    def raw(self) -> list[Tensor]:
+        """All parameters, faster than :meth:`parameters`."""
+        raise NotImplementedError
+
     def forward(self, x: Tensor, levels: int | None = None) -> Tensor:
         """Units of ``x (..., d)``, of levels 0 to ``levels`` (default: all)."""
         weights, cache = self.levels()
@@ -83,6 +87,9 @@ class HeuristicAggregator(Aggregator):
         self.weight = nn.Parameter(torch.empty(len(dims) - 1, CHANNELS, kernel_size))
         nn.init.uniform_(self.weight, -1 / math.sqrt(kernel_size), 1 / math.sqrt(kernel_size))  # as nn.Conv1d does
 
+    def raw(self) -> list[Tensor]:
+        return [self.weight]
+
     def levels(self) -> tuple[Tensor, None]:
         # A filter is the sum over its channels.
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -96,6 +103,9 @@ class AdaptiveAggregator(Aggregator):
     def __init__(self, dims: Sequence[int], kernel_size: int, side: str, *, normalize: bool) -> None:
         super().__init__(side, normalize=normalize)
         self.weights = nn.ParameterList(torch.randn(after, before) for before, after in pairwise(dims))
+
+    def raw(self) -> list[Tensor]:
+        return tensors_of(self.weights)
 
     def levels(self) -> tuple[list[Tensor], ops.SelectionCache | None]:
         # While training every step changes the weights; a cache would only hold on to memory.

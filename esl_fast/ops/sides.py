@@ -1,6 +1,7 @@
 """Both sides of a similarity at once, where that is faster than one op after another."""
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from esl_fast.ops.backend import use_kernels
 Weights = Tensor | Sequence[Tensor]
 
 
-def in_one_step(images: Tensor, texts: Tensor, parameters: Sequence[Tensor], shapes: Sequence[torch.Size]) -> bool:
+def in_one_step(images: Tensor, texts: Tensor, parameters: Sequence[Tensor], shapes: list[torch.Size]) -> bool:
     """Whether :func:`sides` serves: eager calls of the kernels, and nothing amiss.
 
     What is amiss is found, and called by its name, by the ops one by one.
@@ -25,7 +26,8 @@ def in_one_step(images: Tensor, texts: Tensor, parameters: Sequence[Tensor], sha
     return (
         texts.dtype == images.dtype
         and texts.device == device
-        and all(p.shape == s and p.device == device for p, s in zip(parameters, shapes, strict=True))
+        and [p.shape for p in parameters] == shapes
+        and all(p.device == device for p in parameters)
         and plain([images, texts, *parameters])
     )
 
@@ -46,19 +48,19 @@ def sides(
 
     Args:
         images, texts: features ``(N, d)`` and ``(M, d)`` of one dtype.
-        weights: of the images' and of the texts' aggregator, each as :func:`aggregate` takes them.
+        weights: of the images' and of the texts' aggregator, each as :func:`aggregate` takes them, of the same shapes.
         degrees: ``w`` and both temperatures, as :func:`degrees` takes them; of the global variant.
         matrices: D_k, one a level.
         chains, normalize, caches: as in :func:`aggregate`.
     """
-    from esl_fast.kernels.select import select  # Triton is imported only where it is used
+    from esl_fast.kernels.select import select, select_both  # Triton is imported only where it is used
     from esl_fast.kernels.sides import sides as kernel
 
     features = images, texts
     if isinstance(weights[0], Tensor):
         return kernel(features, degrees, matrices, [(taps,) for taps in weights], None, chains, normalize)
-    selections = []
-    for x, raw, cache in zip(features, weights, caches, strict=True):
-        fresh = cache is None or (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *raw)))
-        selections.append(select(raw) if fresh else cache.get(raw, select, "kernel"))
+    if None in caches or (torch.is_grad_enabled() and any(x.requires_grad for x in chain(features, *weights))):
+        selections = select_both(*weights)
+    else:
+        selections = [cache.get(raw, select, "kernel") for raw, cache in zip(weights, caches, strict=True)]
     return kernel(features, degrees, matrices, weights, selections, chains, normalize)

@@ -17,8 +17,9 @@ def similarity(image_units: Tensor, folded_text_units: Tensor) -> Tensor:
     checks.matrix("image_units", image_units)
     checks.matrix("folded_text_units", folded_text_units, image_units.shape[1])
     checks.same_device(image_units=image_units, folded_text_units=folded_text_units)
-    common = torch.promote_types(image_units.dtype, folded_text_units.dtype)
-    image_units, folded_text_units = image_units.to(common), folded_text_units.to(common)
+    if image_units.dtype != folded_text_units.dtype:
+        common = torch.promote_types(image_units.dtype, folded_text_units.dtype)
+        image_units, folded_text_units = image_units.to(common), folded_text_units.to(common)
     if use_kernels(image_units, folded_text_units):
         from esl_fast.kernels import similarity as kernel  # Triton is imported only where it is used
 
