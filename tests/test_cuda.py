@@ -141,6 +141,24 @@ def test_autocast_takes_half_precision_features():
     assert images.grad is not None
 
 
+@pytest.mark.parametrize("aggregator", ["heuristic", "adaptive"])
+def test_alignment_is_looked_at_each_time(aggregator):
+    head, images, texts = head_and_features(aggregator, torch.bfloat16)
+
+    def step(offset: int):
+        found = []
+        for x in (images, texts):
+            memory = torch.empty(x.numel() + 8, device="cuda", dtype=x.dtype)
+            found.append(memory[offset : offset + x.numel()].view_as(x).copy_(x.detach()).requires_grad_())
+        scores = head(*found)
+        return scores, *torch.autograd.grad(scores.sum(), [*found, *head.parameters()])
+
+    expected = step(0)
+    for offset in (1, 2, 4, 8, 0):
+        for a, b in zip(step(offset), expected, strict=True):
+            assert torch.allclose(a.float(), b.float(), rtol=2**-6, atol=1e-5 * b.float().norm().item() + 1e-6)
+
+
 def test_loss_memory_is_linear():
     n, width = 16384, 1022
     sides = [torch.randn(n, width, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2)]

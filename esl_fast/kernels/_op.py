@@ -52,17 +52,18 @@ class Op:
         args += self._defaults[len(args) :]
         lists = gradient = False
         for arg in args:
-            if isinstance(arg, list | tuple):
+            kind = type(arg)
+            if kind is list or kind is tuple:
                 lists = True
                 for x in arg:
-                    if isinstance(x, Tensor):
-                        if type(x) not in PLAIN:
-                            return self.registered(*args)
+                    if type(x) in PLAIN:
                         gradient = gradient or x.requires_grad
-            elif isinstance(arg, Tensor):
-                if type(arg) not in PLAIN:
-                    return self.registered(*args)
+                    elif isinstance(x, Tensor):
+                        return self.registered(*args)
+            elif kind in PLAIN:
                 gradient = gradient or arg.requires_grad
+            elif isinstance(arg, Tensor):
+                return self.registered(*args)
         if not (gradient and torch.is_grad_enabled()):
             return self.run(*args)
         if self._function is None:
@@ -70,7 +71,7 @@ class Op:
                 return self.run(*args)
         if not lists:
             return self._function.apply(None, *args)
-        lengths = tuple(len(arg) if isinstance(arg, list | tuple) and _has_tensors(arg) else -1 for arg in args)
+        lengths = tuple(len(arg) if type(arg) in (list, tuple) and _has_tensors(arg) else -1 for arg in args)
         return self._function.apply(
             lengths, *(x for arg, n in zip(args, lengths, strict=True) for x in (arg if n >= 0 else (arg,)))
         )
