@@ -126,7 +126,7 @@ class ESLHead(LevelHead, Head):
         parameters = [*image.raw(), *text.raw(), *degrees, *matrices]
         if (
             type(self) is not ESLHead  # another may make its units otherwise
-            or not ops.in_one_step(image_features, text_features, parameters, self._shapes)
+            or not ops.in_one_step(image_features, text_features, self.embed_dim, parameters, self._shapes)
             or image.is_observed()
             or text.is_observed()
         ):

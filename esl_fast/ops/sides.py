@@ -13,22 +13,27 @@ from esl_fast.ops.backend import use_kernels
 Weights = Tensor | Sequence[Tensor]
 
 
-def in_one_step(images: Tensor, texts: Tensor, parameters: Sequence[Tensor], shapes: list[torch.Size]) -> bool:
+def in_one_step(
+    images: Tensor, texts: Tensor, width: int, parameters: Sequence[Tensor], shapes: list[torch.Size]
+) -> bool:
     """Whether :func:`sides` serves: eager calls of the kernels, and nothing amiss.
 
-    What is amiss is found, and called by its name, by the ops one by one.
+    What is amiss is found, and called by its name, by the ops one by one. Features should be ``width`` wide, and
+    parameters have ``shapes``.
     """
-    if torch.compiler.is_compiling() or not use_kernels(images):
+    if torch.compiler.is_compiling() or not isinstance(images, Tensor) or not use_kernels(images):
         return False
     from esl_fast.kernels._op import plain  # Triton is imported only where it is used
 
-    device = images.device
+    dtype, device = images.dtype, images.device
     return (
-        texts.dtype == images.dtype
-        and texts.device == device
+        plain([images, texts, *parameters])
+        and dtype.is_floating_point
+        and texts.dtype == dtype
+        and images.ndim == texts.ndim == 2
+        and images.shape[1] == texts.shape[1] == width
         and [p.shape for p in parameters] == shapes
-        and all(p.device == device for p in parameters)
-        and plain([images, texts, *parameters])
+        and all(x.device == device for x in (texts, *parameters))
     )
 
 

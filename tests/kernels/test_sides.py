@@ -147,6 +147,19 @@ def test_what_does_not_fit_is_named(name, device):
         head(torch.randn(3, 24, device=device), torch.randn(5, 24, device=device))
 
 
+@pytest.mark.parametrize("aggregator", AGGREGATORS)
+def test_features_of_other_kinds(aggregator, device, calls):
+    head, good = make_head(aggregator, device), torch.randn(5, 24, device=device)
+    images, _ = head.sides(good.view(1, 5, 24), good)
+    assert torch.equal(images[0], head.fold(head.image_units(good), "image"))
+    for bad, error in ((good.int(), TypeError), (good.tolist(), TypeError)):
+        with pytest.raises(error):
+            head.sides(bad, good)
+        with pytest.raises(error):
+            head.sides(good, bad)
+    assert not calls
+
+
 def test_mixed_dtypes(device, calls):
     head = make_head("heuristic", device)
     images, texts = torch.randn(3, 24, device=device).bfloat16(), torch.randn(5, 24, device=device)
