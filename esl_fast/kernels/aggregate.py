@@ -336,7 +336,11 @@ def _combine(
     return out
 
 
-@triton.jit(do_not_specialize=["n"])
+# Lists of two selections may lie in one buffer, the second one's counts wherever the first one's end.
+COUNTS = ["counts_ptr", "back_counts_ptr"]
+
+
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=COUNTS)
 def _adaptive_forward(
     x_ptr, x_row, x_col, columns_ptr, values_ptr, counts_ptr, chain_ptr, units_ptr, units_row, n,
     DIMS: tl.constexpr, PADDED: tl.constexpr, OFFSETS: tl.constexpr, STARTS: tl.constexpr, CHAIN: tl.constexpr,
@@ -381,7 +385,7 @@ def _store_transposed(chain_ptr, chain_row, samples, values, FIRST: tl.constexpr
     tl.store(pointers, values, mask=(unit < DIM)[None, :])
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=COUNTS)
 def _adaptive_backward(
     grad_ptr, grad_row, grad_col, x_ptr, x_row, x_col, columns_ptr, values_ptr, counts_ptr,
     back_rows_ptr, back_values_ptr, back_counts_ptr, grad_x_ptr, grad_z_ptr, chain_ptr, chain_row, n,
@@ -430,7 +434,7 @@ def _adaptive_backward(
     _store_embedding_gradient(grad_x_ptr, rows, x_columns, n, grad, x, x_norm, DIMS[0], NORMALIZE)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=COUNTS)
 def _adaptive_weights_backward(
     grad_z_ptr, chain_ptr, chain_row, n, weights_ptr, columns_ptr, values_ptr, counts_ptr, grad_weights_ptr,
     ROW_DIMS: tl.constexpr, COLUMN_DIMS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -617,7 +621,7 @@ def compile_cases() -> list[CompileCase]:
         signature = {key: value.replace("bf16", dtype) for key, value in signature.items()}
         strides = {key: 1 for key in ("x_col", "grad_col") if key in signature}
         signature = {key: value for key, value in signature.items() if key not in strides}
-        aligned = tuple(key for key in signature if key != "n")
+        aligned = tuple(key for key in signature if key != "n" and key not in COUNTS)
         return CompileCase(
             name, kernel, signature, {**constants, **strides}, warps, 3, divisible=aligned,
             flops=flops, bytes=size, precision="fp32", options=options,
