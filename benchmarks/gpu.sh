@@ -41,10 +41,11 @@ if [ "${SANITIZE:-1}" = 1 ] && command -v compute-sanitizer >/dev/null; then
 else
     verdicts+=("sanitizer: not run")
 fi
-workers=$("$PYTHON" -c "import xdist" 2>/dev/null && echo "-n 8 --dist worksteal")
+# Compiling is most of the tests' time.
+workers=$("$PYTHON" -c "import xdist" 2>/dev/null && echo "-n $(($(nproc) > 10 ? $(nproc) - 2 : 8)) --dist worksteal")
 echo "=== tests"
 # shellcheck disable=SC2086
-run tests 150 "$PYTHON" -m pytest tests/kernels tests/test_cuda.py -q -o addopts= -m "" $workers
+run tests 180 "$PYTHON" -m pytest tests/kernels tests/test_cuda.py -q -o addopts= -m "" $workers
 finish tests $?
 if [ -n "${sanitizer:-}" ]; then
     echo "=== sanitizer"

@@ -72,7 +72,7 @@ def test_large_products_of_units_in_and_out_of_line(dtype, first):
     loss = esl_fast.contrastive_loss(images, texts, 14.3)
     logits, labels = 14.3 * exact[:513, :513], torch.arange(513, device="cuda")
     torch.testing.assert_close(
-        loss.double(), (cross_entropy(logits, labels) + cross_entropy(logits.mT, labels)) / 2, rtol=1e-6, atol=0
+        loss.double(), (cross_entropy(logits, labels) + cross_entropy(logits.mT, labels)) / 2, rtol=1e-5, atol=0
     )
 
 

@@ -110,7 +110,8 @@ def test_sides_may_be_written_to(device):
         torch.autograd.grad(sum(side.mul_(factor).sum() for side in head.sides(*features)), features)
         for factor in (1, 2)
     )
-    assert all(torch.equal(2 * a, b) for a, b in zip(single, doubled, strict=True))
+    for a, b in zip(single, doubled, strict=True):  # another layout of the gradient is another order of summing
+        torch.testing.assert_close(2 * a, b)
 
 
 def test_second_derivatives_are_refused(device):
