@@ -41,6 +41,14 @@ if [ "${SANITIZE:-1}" = 1 ] && command -v compute-sanitizer >/dev/null; then
 else
     verdicts+=("sanitizer: not run")
 fi
+# So does a short training run, where there is what it needs.
+if "$PYTHON" -c "import jsonargparse, open_clip" 2>/dev/null; then
+    runs=$(mktemp -d)
+    run training 150 "$PYTHON" train/run.py --epochs 1 --precision bf16 --logs "$runs" --name gpu --workers 2 &
+    training=$!
+else
+    verdicts+=("training: not run")
+fi
 # Compiling is most of the tests' time.
 workers=$("$PYTHON" -c "import xdist" 2>/dev/null && echo "-n $(($(nproc) > 10 ? $(nproc) - 2 : 8)) --dist worksteal")
 echo "=== tests"
@@ -52,6 +60,12 @@ if [ -n "${sanitizer:-}" ]; then
     wait "$sanitizer"
     finish sanitizer $?
     rm -f "$OUT/tiny.json"
+fi
+if [ -n "${training:-}" ]; then
+    echo "=== training"
+    wait "$training"
+    finish training $?
+    rm -rf "$runs"
 fi
 echo "=== benchmarks"
 run benchmarks "${BENCHMARKS_SECONDS:-200}" "$PYTHON" -m benchmarks --device cuda --output "$OUT/cuda.json"

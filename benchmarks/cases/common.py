@@ -92,3 +92,9 @@ def relative_error(results: Tensor | Sequence[Tensor], expected: Tensor | Sequen
         results, expected = [results], [expected]
     pairs = zip(results, expected, strict=True)
     return max(float((r.double() - e).abs().max() / e.abs().max()) for r, e in pairs)
+
+
+def scalars_together(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients with those of vectors and single numbers as one: the largest of them says what is small."""
+    few = torch.cat([g.reshape(-1) for g in gradients if g.ndim < 2])
+    return [*(g for g in gradients if g.ndim >= 2), few]

@@ -74,8 +74,9 @@ def head_step(device: torch.device, dtype: str, n: int, m: int, aggregator: str)
 
     def parity() -> Parity:
         expected = step(common.by_level, common.exact(head), images.double(), texts.double(), grad.double())
-        # Gradients of a scalar sum over everything, with much cancellation.
-        return Parity(common.relative_error(ours(), expected), 5 * TOLERANCE[dtype], "all gradients")
+        # Gradients sum over everything, with much cancellation, of a temperature sometimes almost complete.
+        found = common.scalars_together(ours()), common.scalars_together(expected)
+        return Parity(common.relative_error(*found), 5 * TOLERANCE[dtype], "all gradients")
 
     x = torch.randn(n, common.PRODUCT_UNITS, device=device, dtype=DTYPES[dtype])
     y = torch.randn(m, common.PRODUCT_UNITS, device=device, dtype=DTYPES[dtype])

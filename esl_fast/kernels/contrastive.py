@@ -391,6 +391,7 @@ def _gradient_kernel(
         row_term = tl.load(row_terms + row + r, mask=row_live, other=dead)
         if MODE != 0:
             special = _special(image_ids, text_ids, row, first_col, n, m, ROWS, COLS)
+        tile_rows = tl.zeros((ROWS, 4), tl.float32)
         parts = quarters(scores)
         for part in tl.static_range(4):
             col = first_col + part * (COLS // 4)
@@ -411,15 +412,16 @@ def _gradient_kernel(
                         target = tl.load(row_target + row + r, mask=row_live, other=0.0)[:, None]
                         target += tl.load(col_target + col + c, mask=col_live, other=0.0)[None, :]
                         gradient = tl.where(same, gradient - target, gradient)
-            if TMA:  # what lies outside has scores of 0 and is not stored
-                by_row += sum_own_cols(gradient * score)
+            if TMA:  # what lies outside is not stored, and columns there have scores of 0
+                tile_rows += sum_own_cols(gradient * score)
                 grad.store([local.to(tl.int32), col.to(tl.int32)], gradient.to(grad.dtype))
             else:
                 gradient = tl.where(row_live[:, None] & col_live[None, :], gradient, 0.0)
-                by_row += sum_own_cols(gradient * score)
+                tile_rows += sum_own_cols(gradient * score)
                 out = grad + local * stride + col + r[:, None] * stride + c[None, :]
                 inside = row_live[:, None] & (c < stride - col)[None, :]
                 tl.store(out, gradient.to(grad.dtype.element_ty), mask=inside)
+        by_row += tl.where(row_live[:, None], tile_rows, 0.0)
     tl.store(scale_parts + program, tl.sum(tl.sum(by_row, 1), 0))
 
 
@@ -540,12 +542,15 @@ def contrastive_backward(
     """Gradients of image units, text units (of no rows where not needed) and logit scale."""
     n, units = image_units.shape
     m = folded_text_units.shape[0]
-    grad_image = padded_rows(n if needs_image else 0, units, image_units.dtype, image_units.device)
+    grad_image, grad_text = (
+        padded_rows(count if needed else 0, units, image_units.dtype, image_units.device)
+        for count, needed in ((n, needs_image), (m, needs_text))
+    )
     if not n or not m:
-        grad_text = folded_text_units.new_zeros(m if needs_text else 0, units)
-        return grad_image.zero_(), grad_text, torch.zeros_like(logit_scale)
+        return grad_image.zero_(), grad_text.zero_(), torch.zeros_like(logit_scale)
     with on_device_of(image_units):
         plan = make_plan(image_units, folded_text_units, sweep=True)
+        images, texts = plan.tensors
         factor = grad.to(torch.float32) * unit
         unit_factor = factor * logit_scale.to(torch.float32)
         scratch = padded_rows(min(n, CHUNK), m, image_units.dtype, image_units.device)
@@ -580,15 +585,15 @@ def contrastive_backward(
             if mode != POSITIVE:
                 gradient.diagonal(first).copy_(on_diagonal[first:last])
             if needs_image:
-                part = _product(gradient, widened(folded_text_units))[:, :units]
+                part = _product(gradient, widened(texts))[:, :units]
                 torch.mul(part, unit_factor, out=grad_image[first:last])
             if needs_text:
-                text_total = _product(gradient.mT, widened(image_units[first:last]), text_total)
+                text_total = _product(gradient.mT, widened(images[first:last]), text_total)
         scores = scale_parts.sum() - besides.sum()
         grad_scale = (scores * factor).to(logit_scale.dtype).reshape(logit_scale.shape)
-        if text_total is None:
-            return grad_image, folded_text_units.new_empty(0, units), grad_scale
-        return grad_image, (text_total[:, :units] * unit_factor).to(folded_text_units.dtype), grad_scale
+        if text_total is not None:
+            torch.mul(text_total[:, :units], unit_factor, out=grad_text)
+        return grad_image, grad_text, grad_scale
 
 
 @contrastive_backward.register_fake
@@ -597,7 +602,7 @@ def _(grad, image_units, folded_text_units, logit_scale, *args):
     (n, units), m = image_units.shape, folded_text_units.shape[0]
     return (
         padded_rows(n if needs_image else 0, units, image_units.dtype, image_units.device),
-        folded_text_units.new_empty(m if needs_text else 0, units),
+        padded_rows(m if needs_text else 0, units, image_units.dtype, image_units.device),
         torch.empty_like(logit_scale),
     )
 

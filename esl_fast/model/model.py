@@ -1,5 +1,6 @@
 """An image tower, a text tower and a similarity head."""
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -192,7 +193,7 @@ class MatchingModel(nn.Module):
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
         """Keep the temperature where CLIP keeps it; called after each optimizer step."""
-        self.logit_scale.clamp_(max=torch.tensor(MAX_LOGIT_SCALE).log())
+        self.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
     def train(self, mode: bool = True) -> "MatchingModel":
         """Training mode, but for towers that are frozen as a whole: their statistics must not move either."""
