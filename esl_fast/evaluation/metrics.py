@@ -48,7 +48,9 @@ def ranks_from_similarity(similarity: Tensor | np.ndarray, owners: Tensor | np.n
 
     ``owners (M,)`` names each caption's image. Raises ValueError for non-finite scores, naming the rows.
     """
-    similarity, owners = torch.as_tensor(similarity), torch.as_tensor(owners).long()
+    similarity = torch.as_tensor(similarity)
+    device = similarity.device
+    owners = torch.as_tensor(owners).to(device).long()
     if similarity.ndim != 2 or owners.shape != (similarity.shape[1],):
         raise ValueError(
             f"similarity has shape {tuple(similarity.shape)} and owners {tuple(owners.shape)}; expected (N, M) and (M,)"
@@ -59,9 +61,9 @@ def ranks_from_similarity(similarity: Tensor | np.ndarray, owners: Tensor | np.n
     bad = (~torch.isfinite(similarity)).any(1).nonzero().flatten().tolist()
     if bad:
         raise ValueError(f"similarity has non-finite scores in {len(bad)} of {n} rows: {', '.join(map(str, bad[:10]))}")
-    positive = similarity[owners, torch.arange(m)]
-    best = torch.full((n,), -torch.inf, dtype=similarity.dtype).scatter_reduce(0, owners, positive, "amax")
-    image_ranks, text_ranks = torch.empty(n, dtype=torch.int64), torch.zeros(m, dtype=torch.int64)
+    positive = similarity[owners, torch.arange(m, device=device)]
+    best = similarity.new_full((n,), -torch.inf).scatter_reduce(0, owners, positive, "amax")
+    image_ranks, text_ranks = (torch.zeros(k, dtype=torch.int64, device=device) for k in (n, m))
     block = max(1, BLOCK_ELEMENTS // max(m, 1))
     for start in range(0, n, block):
         rows = similarity[start : start + block]
