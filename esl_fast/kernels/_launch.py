@@ -40,7 +40,7 @@ def specialization(arguments: tuple) -> list | None:
     for argument in arguments:
         kind = type(argument)
         if kind is int:
-            found.append(argument & 15 if 1 != argument < 1 << 31 else -argument)
+            found.append(argument & 15 if argument != 1 and -(1 << 31) <= argument < 1 << 31 else str(argument))
         elif kind is Tensor or kind is torch.nn.Parameter:
             found.append(argument.dtype)
             found.append(argument.data_ptr() & 15)

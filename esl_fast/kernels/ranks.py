@@ -14,11 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from esl_fast.kernels._common import INTERPRETING, cdiv, on_device_of
+from esl_fast.kernels._common import cdiv, on_device_of
 from esl_fast.kernels._op import op
 from esl_fast.kernels.inspect import CompileCase
 from esl_fast.kernels.paired import score_owned
 from esl_fast.kernels.tile import (
+    UNSIGNED_NAN,
     check_operands,
     launch_options,
     make_plan,
@@ -28,6 +29,7 @@ from esl_fast.kernels.tile import (
     sweep_length,
     sweep_origin,
     sweeps,
+    target_of,
     tile_cases,
     tile_product,
 )
@@ -163,7 +165,7 @@ def retrieval_ranks(image_units: Tensor, folded_text_units: Tensor, owners: Tens
             row_groups,
             col_groups,
             WARPS=plan.warps,
-            SIGNS=not INTERPRETING and torch.version.hip is None,  # NVIDIA's NaN has no sign
+            SIGNS=target_of(image_units.device) in UNSIGNED_NAN,
             FLATTEN=plan.flatten,
             **plan.constants,
             **launch_options(config),
@@ -199,7 +201,7 @@ def compile_cases() -> list[CompileCase]:
             **dict.fromkeys(("row_ranks", "col_ranks"), "*i64"),
             **dict.fromkeys(("row_groups", "col_groups"), "i32"),
         },
-        [("", {"SIGNS": True})],
+        [("", {})],
         lambda itemsize: (2.0 * n * m * units, itemsize * (n + m) * units + 8.0 * (n + m)),
         divisible=("row_bars", "col_bars", "row_ranks", "col_ranks"),
         sweep=True,

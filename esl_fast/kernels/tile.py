@@ -67,6 +67,7 @@ POINTER_CONFIGS = {
 # float32 where no configuration above has it: without tensor cores.
 FP32 = TileConfig(64, 64, 16, 4, 2)
 FP32_SWEEP = TileConfig(64, 64, 16, 8, 2)
+UNSIGNED_NAN = ("sm_80", "sm_90")  # where a difference that is not a number has no sign
 INTERPRETED = TileConfig(32, 64, 32, 4, 1)
 
 
@@ -423,6 +424,7 @@ def tile_cases(
                             "b_unit": 1,
                             **tile_constants(config, precision, target, tma=tma),
                             **({"FLATTEN": tma} if "FLATTEN" in kernel.arg_names else {}),
+                            **({"SIGNS": target in UNSIGNED_NAN} if "SIGNS" in kernel.arg_names else {}),
                             **({"WARPS": warps_along_rows(config)} if "WARPS" in kernel.arg_names else {}),
                             **extra,
                         },

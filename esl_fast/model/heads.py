@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from esl_fast import ops
 from esl_fast.model import official
-from esl_fast.model.parts import Contribution, LevelHead, tensors_of
+from esl_fast.model.parts import Aggregator, Contribution, LevelHead, tensors_of
 from esl_fast.model.region_word import RegionWordHead
 from esl_fast.model.scores import InnerProducts
 
@@ -121,14 +121,13 @@ class ESLHead(LevelHead, Head):
 
     def sides(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
         image, text, contribution = self.image, self.text, self.contribution
+        if type(self) is not ESLHead or not (Aggregator.is_plain(image) and Aggregator.is_plain(text)):
+            return super().sides(image_features, text_features)
         degrees = contribution.w, contribution.temp_scale_1, contribution.temp_scale_2
         matrices = tensors_of(contribution.matrices)
         parameters = [*image.raw(), *text.raw(), *degrees, *matrices]
-        if (
-            type(self) is not ESLHead  # another may make its units otherwise
-            or not ops.in_one_step(image_features, text_features, self.embed_dim, parameters, self._shapes)
-            or image.is_observed()
-            or text.is_observed()
+        if not self.num_levels or not ops.in_one_step(
+            image_features, text_features, self.embed_dim, parameters, self._shapes
         ):
             return super().sides(image_features, text_features)
         (image_weights, image_cache), (text_weights, text_cache) = image.levels(), text.levels()

@@ -38,8 +38,12 @@ def check_levels(embed_dim: int, kernel_size: int, num_levels: int, aggregator: 
 
 
 def tensors_of(parameters: nn.ParameterList) -> list[Tensor]:
-    """As `list(parameters)`, which looks up each by name: much of the time that a small batch takes the host."""
-    return list(parameters._parameters.values())
+    """As `list(parameters)`, which takes much of the time that a small batch takes the host."""
+    by_name = parameters._parameters
+    try:
+        return [by_name[str(k)] for k in range(len(parameters))]
+    except KeyError:  # parametrized or pruned
+        return list(parameters)
 
 
 class Aggregator(nn.Module):
@@ -58,16 +62,19 @@ class Aggregator(nn.Module):
         """All parameters, faster than :meth:`parameters`."""
         raise NotImplementedError
 
+    @staticmethod
+    def is_plain(module: nn.Module) -> bool:
+        """Whether a module is one of these whose calls nobody observes or replaces: then they may be worked around."""
+        if type(module) not in (HeuristicAggregator, AdaptiveAggregator) or "forward" in vars(module):
+            return False
+        hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+        return not (any(hooks) or nn.modules.module._has_any_global_hook())
+
     def forward(self, x: Tensor, levels: int | None = None) -> Tensor:
         """Units of ``x (..., d)``, of levels 0 to ``levels`` (default: all)."""
         weights, cache = self.levels()
         weights = weights if levels is None else weights[:levels]
         return ops.aggregate(x, weights, chain=self.chain, normalize=self.normalize, cache=cache)
-
-    def is_observed(self) -> bool:
-        """Whether hooks wait for calls of this module: then nobody may work around it."""
-        hooks = (self._forward_pre_hooks, self._forward_hooks, self._backward_pre_hooks, self._backward_hooks)
-        return any(hooks) or nn.modules.module._has_any_global_hook()
 
     def prepared(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         """What makes units of block after block; see :func:`esl_fast.ops.aggregator`."""
@@ -187,6 +194,7 @@ class LevelHead(nn.Module):
 
     layout: ClassVar[official.Layout]
     normalize: ClassVar[bool]  # whether embeddings are divided by their norm first
+    _shapes: list[torch.Size] | None = None  # of all parameters; heads pickled by earlier versions have none
 
     def __init__(
         self, embed_dim: int, kernel_size: int = 2, num_levels: int = 8, aggregator: str = "heuristic"

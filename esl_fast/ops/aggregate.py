@@ -79,7 +79,7 @@ def aggregate(
     checks.finite("x", rows)
     options = {"chain": chain, "normalize": normalize}
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
-    if use_kernels(rows):
+    if use_kernels(rows) and tensors:  # no matrix, no level: nothing for a kernel to do
         units = _aggregate_kernels(rows, weights, cache if not grad else None, **options)
     elif grad or rows.device.type != "cpu" or torch.compiler.is_compiling() or checks.in_transform():
         compute = torch.promote_types(x.dtype, torch.float32)

@@ -46,7 +46,7 @@ def region_word_ranks(
 
     Raises:
         TypeError, ValueError: wrong types, shapes, lengths or owners, or (CPU) non-finite units outside padding, naming
-            images or captions. On a GPU a score that is not finite never improves a rank.
+            images or captions. On a GPU what is not finite ranks as in :func:`esl_fast.retrieval_ranks`.
     """
     smooth = check_region_word(region_units, word_units, smooth, word_lengths, region_lengths)
     n, m = region_units.shape[0], word_units.shape[0]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.utils import prune
 
 import esl_fast
 from esl_fast import ops
@@ -144,6 +145,49 @@ def test_what_is_overridden_or_observed_is_called(device, calls):
     head.text.register_forward_hook(lambda *call: seen.append(1))
     assert torch.equal(head.sides(*features)[0], expected)
     assert len(seen) == len(calls) == 1
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args):
+        return self.module(*args)
+
+
+def test_what_replaces_an_aggregator_is_called(device, calls):
+    features = [torch.randn(n, WIDTH, device=device) for n in (3, 5)]
+    head = make_head("heuristic", device)
+    expected, forward = head.sides(*features), head.image.forward
+    head.image.forward = lambda *args: 2 * forward(*args)
+    torch.testing.assert_close(head.sides(*features)[0], 2 * expected[0])
+    del head.image.forward
+    head.image = Wrapped(head.image)
+    torch.testing.assert_close(head.sides(*features), expected)
+    assert len(calls) == 1
+
+
+def test_parameters_are_found_by_name(device):
+    features = [torch.randn(n, WIDTH, device=device) for n in (3, 5)]
+    head = make_head("adaptive", device)
+    expected = head(*features)
+    prune.identity(head.contribution.matrices, "0")
+    torch.testing.assert_close(head(*features), expected)
+    prune.remove(head.contribution.matrices, "0")  # which makes it the last to be listed
+    torch.testing.assert_close(head(*features), expected)
+
+
+def test_no_level_at_all(device):
+    for aggregator in AGGREGATORS:
+        head = esl_fast.ESLHead(WIDTH, num_levels=0, aggregator=aggregator).to(device)
+        features = [torch.randn(n, WIDTH, device=device, requires_grad=True) for n in (3, 5)]
+        scores = head(*features)
+        with esl_fast.use_backend("torch"):
+            expected = head(*features)
+        torch.testing.assert_close(scores, expected)
+        grads, wanted = (torch.autograd.grad(s.sin().sum(), features) for s in (scores, expected))
+        torch.testing.assert_close(grads, wanted)
 
 
 @pytest.mark.parametrize("name", ["image", "matrices"])
