@@ -77,10 +77,13 @@ SUBSETS = {
 }
 
 
-@pytest.mark.parametrize("aggregator", AGGREGATORS)
 @pytest.mark.parametrize(
-    ("wanted", "use"),
-    [*((name, (0, 1)) for name in SUBSETS), *((name, (side,)) for name in ("images", "degrees") for side in (0, 1))],
+    ("aggregator", "wanted", "use"),
+    [
+        *(("heuristic", name, (0, 1)) for name in SUBSETS),
+        *(("heuristic", name, (side,)) for name in ("images", "degrees") for side in (0, 1)),
+        *(("adaptive", name, (0, 1)) for name in ("features", "text aggregator")),
+    ],
     ids=str,
 )
 def test_any_subset_of_gradients(aggregator, wanted, use, device, calls):

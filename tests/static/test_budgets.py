@@ -19,7 +19,6 @@ CASES = [
 # Bytes of stack a thread where registers do not suffice; everything else has none, on sm_90 without exception.
 SPILLS = {
     ("aggregate.adaptive_backward_1152_normalized_fp32", "sm_80"): 40,
-    ("aggregate.adaptive_backward_1152_raw_fp32", "sm_80"): 40,
     ("contrastive.contrastive_online_32k_diagonal_fp32_pointer", "sm_80"): 16,
     ("paired.paired_25k_owned_fp32", "sm_80"): 8,
     ("contrastive.contrastive_online_32k_positive_bf16_tma", "sm_100"): 32,
