@@ -18,7 +18,7 @@ from esl_fast.reference.region_word import EPS, SLOPE
 # Regions copied at a time, words multiplied with them at a time, products reduced at a time (these fit the cache).
 BLOCK_REGIONS = 3500
 BLOCK_WORDS = 768
-BLOCK_REDUCED = 400_000
+BLOCK_REDUCED = 300_000
 # Up to this inverse temperature no exponential of it overflows or vanishes: what it multiplies is in -1..1.
 MILD = 60.0
 
