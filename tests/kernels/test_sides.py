@@ -121,8 +121,10 @@ def test_sides_may_be_written_to(device):
         torch.autograd.grad(sum(side.mul_(factor).sum() for side in head.sides(*features)), features)
         for factor in (1, 2)
     )
-    for a, b in zip(single, doubled, strict=True):  # another layout of the gradient is another order of summing
-        torch.testing.assert_close(2 * a, b)
+    # On a GPU another layout of the gradient is another order of summing.
+    bounds = {} if device.type == "cuda" else {"rtol": 0, "atol": 0}
+    for a, b in zip(single, doubled, strict=True):
+        torch.testing.assert_close(2 * a, b, **bounds)
 
 
 def test_second_derivatives_are_refused(device):
