@@ -113,7 +113,7 @@ def test_aggregate_dtypes(weights, chain, dtype, tolerance):
 
 def test_selection_is_made_once():
     calls = []
-    cache, weights = ops.SelectionCache(), random_matrices(8, 4)
+    cache, weights = ops.WeightsCache(), random_matrices(8, 4)
 
     def select(given):
         calls.append(1)
@@ -127,9 +127,9 @@ def test_selection_is_made_once():
         (4, cache.clear),
     ]:
         change()
-        cache.get(weights, select, "kind")
+        cache.get("kind", weights, select)
         assert len(calls) == expected
-    cache.get(weights, select, "another kind")
+    cache.get("another kind", weights, select)
     assert len(calls) == 5
 
 

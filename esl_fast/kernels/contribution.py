@@ -417,31 +417,37 @@ def _flat(matrices: Sequence[Tensor]) -> Tensor:
     return torch.cat([matrix.reshape(-1) for matrix in matrices])
 
 
-def _launch_fold(
-    x: Tensor, flat: Tensor, dims: tuple[int, ...], scales: Tensor, transposed: bool
-) -> Tensor:
-    """``x`` with each level multiplied by ``scale D_k^T``, or by ``scale D_k`` if ``transposed``."""
+def _launch_pack(flat: Tensor, dims: tuple[int, ...], dtype: torch.dtype, transposed: bool) -> Tensor:
+    """``D_k^T`` of all levels, or ``D_k`` if ``transposed``, as the fold reads them."""
+    tiles, *_ = _tiles(dtype, bool(torch.version.hip))
+    count, bandwidth = _bandwidth(dims, tiles["BLOCK_C"], tiles["BLOCK_K"])
+    packed = torch.empty((count * tiles["BLOCK_C"], bandwidth), dtype=dtype, device=flat.device)
+    with on_device_of(flat):
+        launch(
+            _pack, (packed.shape[0], 1, 1), (flat, packed),
+            {
+                "DIMS": dims, "WIDTH": sum(dims), "BANDWIDTH": bandwidth, "BLOCK": next_power_of_2(bandwidth),
+                "BLOCK_C": tiles["BLOCK_C"], "BLOCK_K": tiles["BLOCK_K"], "TRANSPOSED": transposed, "num_warps": 4,
+                "enable_fp_fusion": True,
+            },
+        )  # fmt: skip
+    return packed
+
+
+def _launch_fold(x: Tensor, packed: Tensor, dims: tuple[int, ...], scales: Tensor) -> Tensor:
+    """``x`` with each level multiplied by its scale and by what is ``packed`` for it."""
     n, width = x.shape
     folded = padded_rows(n, width, x.dtype, x.device)
     if n == 0:
         return folded
     tiles, _, warps, stages = _tiles(x.dtype, bool(torch.version.hip))
     count, bandwidth = _bandwidth(dims, tiles["BLOCK_C"], tiles["BLOCK_K"])
-    packed = torch.empty((count * tiles["BLOCK_C"], bandwidth), dtype=x.dtype, device=x.device)
     descriptors = _descriptors(n, x)
     units, weights = x, packed
     if descriptors:
         units = TensorDescriptor.from_tensor(x, [tiles["BLOCK_N"], tiles["BLOCK_K"]])
         weights = TensorDescriptor.from_tensor(packed, [tiles["BLOCK_C"], tiles["BLOCK_K"]])
     with on_device_of(x):
-        launch(
-            _pack, (packed.shape[0], 1, 1), (flat, packed),
-            {
-                "DIMS": dims, "WIDTH": width, "BANDWIDTH": bandwidth, "BLOCK": next_power_of_2(bandwidth),
-                "BLOCK_C": tiles["BLOCK_C"], "BLOCK_K": tiles["BLOCK_K"], "TRANSPOSED": transposed, "num_warps": 4,
-                "enable_fp_fusion": True,
-            },
-        )  # fmt: skip
         launch(
             _fold_forward, (count * cdiv(n, tiles["BLOCK_N"]), 1, 1),
             (units, *x.stride(), weights, scales, folded, folded.stride(0), n),
@@ -508,7 +514,7 @@ def _fold(units: Tensor, matrices: list[Tensor], flat: Tensor, scales: Tensor, s
     """``flat`` holds the ``matrices`` one after another; their gradient goes to ``matrices``."""
     image = _check_side(side)
     dims = _matrix_dims(matrices, units)
-    return _launch_fold(units, flat, dims, scales.contiguous(), image)
+    return _launch_fold(units, _launch_pack(flat, dims, units.dtype, image), dims, scales.contiguous())
 
 
 @_fold.register_fake
@@ -525,7 +531,7 @@ def _fold_backward(
     levels = tuple(dim for dim in dims if dim > 0)
     scales = scales.contiguous()
     grad = grad.to(units.dtype)
-    grad_units = _launch_fold(grad, flat, levels, scales, not image)
+    grad_units = _launch_fold(grad, _launch_pack(flat, levels, grad.dtype, not image), levels, scales)
     left, right = (units, grad) if image else (grad, units)
     grad_matrices, grad_scales = _launch_matrices_backward(left, right, flat, levels, scales)
     return grad_units, grad_matrices, grad_scales
@@ -571,6 +577,23 @@ def fold(units: Tensor, matrices: Sequence[Tensor], scales: Tensor, side: str) -
     to a multiple of 64. Small levels share tiles, so a NaN or infinite unit may make units of other levels NaN too.
     """
     return _fold(units, list(matrices), _flat(matrices), scales, side)
+
+
+def pack(matrices: Sequence[Tensor], dtype: torch.dtype, side: str) -> Tensor:
+    """Matrices as :func:`fold_packed` takes them for units of a dtype and side."""
+    dims = tuple(matrix.shape[0] for matrix in matrices if matrix.numel())
+    return _launch_pack(_flat(matrices), dims, dtype, _check_side(side))
+
+
+@op("fold_packed")
+def fold_packed(units: Tensor, packed: Tensor, dims: list[int], scales: Tensor) -> Tensor:
+    """:func:`fold` of ``units`` of levels of sizes ``dims`` by matrices that are packed; without a gradient."""
+    return _launch_fold(units, packed, tuple(dim for dim in dims if dim > 0), scales.contiguous())
+
+
+@fold_packed.register_fake
+def _(units: Tensor, packed: Tensor, dims: list[int], scales: Tensor) -> Tensor:
+    return padded_rows(units.shape[0], units.shape[1], units.dtype, units.device)
 
 
 def compile_cases() -> list[CompileCase]:

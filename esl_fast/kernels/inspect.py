@@ -30,7 +30,10 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-MODULES = ("aggregate", "select", "contribution", "similarity", "paired", "contrastive", "ranks", "topk", "region_word")
+MODULES = (
+    "aggregate", "composed", "select", "contribution", "similarity", "paired", "contrastive", "ranks", "topk",
+    "region_word",
+)  # fmt: skip
 
 # Most shared memory one block may ask for, in bytes.
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}

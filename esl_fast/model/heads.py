@@ -121,7 +121,9 @@ class ESLHead(LevelHead, Head):
 
     def sides(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
         image, text, contribution = self.image, self.text, self.contribution
-        if type(self) is not ESLHead or not (Aggregator.is_plain(image) and Aggregator.is_plain(text)):
+        # Without gradients there is no graph to keep small, but what the parts keep of their weights.
+        observed = not (Aggregator.is_plain(image) and Aggregator.is_plain(text))
+        if type(self) is not ESLHead or observed or not torch.is_grad_enabled():
             return super().sides(image_features, text_features)
         degrees = contribution.w, contribution.temp_scale_1, contribution.temp_scale_2
         matrices = tensors_of(contribution.matrices)
@@ -130,7 +132,7 @@ class ESLHead(LevelHead, Head):
             image_features, text_features, self.embed_dim, parameters, self._shapes
         ):
             return super().sides(image_features, text_features)
-        (image_weights, image_cache), (text_weights, text_cache) = image.levels(), text.levels()
+        (image_weights, _), (text_weights, _) = image.levels(), text.levels()
         return ops.sides(
             image_features,
             text_features,
@@ -139,7 +141,6 @@ class ESLHead(LevelHead, Head):
             matrices,
             chains=(image.chain, text.chain),
             normalize=self.normalize,
-            caches=(image_cache, text_cache),
         )
 
     def units_of(self, side: str, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

@@ -46,15 +46,31 @@ def tensors_of(parameters: nn.ParameterList) -> list[Tensor]:
         return list(parameters)
 
 
-class Aggregator(nn.Module):
-    """Units of one modality's embeddings; keeps what it makes of its weights as long as they do not change."""
+class Keeper(nn.Module):
+    """Keeps, for inference, what it makes of its weights as long as they do not change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept = ops.WeightsCache()
+
+    @property
+    def cache(self) -> ops.WeightsCache | None:
+        """None while training: every step changes the weights, and a cache would only hold on to memory."""
+        return None if self.training or torch.compiler.is_compiling() else self._kept
+
+    def train(self, mode: bool = True) -> Self:
+        self._kept.clear()
+        return super().train(mode)
+
+
+class Aggregator(Keeper):
+    """Units of one modality's embeddings."""
 
     def __init__(self, side: str, *, normalize: bool) -> None:
         super().__init__()
         self.chain, self.normalize = CHAIN[side], normalize
-        self._cache = ops.SelectionCache()
 
-    def levels(self) -> tuple[Tensor | list[Tensor], ops.SelectionCache | None]:
+    def levels(self) -> tuple[Tensor | list[Tensor], ops.WeightsCache | None]:
         """Weights of levels 1 to L as :func:`esl_fast.ops.aggregate` takes them, and the cache for it."""
         raise NotImplementedError
 
@@ -81,10 +97,6 @@ class Aggregator(nn.Module):
         weights, cache = self.levels()
         return ops.aggregator(weights, dtype, chain=self.chain, normalize=self.normalize, cache=cache)
 
-    def train(self, mode: bool = True) -> "Aggregator":
-        self._cache.clear()
-        return super().train(mode)
-
 
 class HeuristicAggregator(Aggregator):
     """Each level filters its predecessor with one learned s-tap window of stride s."""
@@ -99,9 +111,9 @@ class HeuristicAggregator(Aggregator):
 
     def levels(self) -> tuple[Tensor, None]:
         # A filter is the sum over its channels.
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if self.cache is None or torch.is_grad_enabled():
             return self.weight.sum(1), None
-        return self._cache.get((self.weight,), lambda weights: weights[0].sum(1), "taps"), None
+        return self.cache.get("taps", (self.weight,), lambda weights: weights[0].sum(1)), None
 
 
 class AdaptiveAggregator(Aggregator):
@@ -114,9 +126,8 @@ class AdaptiveAggregator(Aggregator):
     def raw(self) -> list[Tensor]:
         return tensors_of(self.weights)
 
-    def levels(self) -> tuple[list[Tensor], ops.SelectionCache | None]:
-        # While training every step changes the weights; a cache would only hold on to memory.
-        return tensors_of(self.weights), None if self.training or torch.compiler.is_compiling() else self._cache
+    def levels(self) -> tuple[list[Tensor], ops.WeightsCache | None]:
+        return tensors_of(self.weights), self.cache
 
 
 def make_aggregator(name: str, dims: Sequence[int], kernel_size: int, side: str, *, normalize: bool) -> nn.Module:
@@ -124,7 +135,7 @@ def make_aggregator(name: str, dims: Sequence[int], kernel_size: int, side: str,
     return cls(dims, kernel_size, side, normalize=normalize)
 
 
-class Contribution(nn.Module):
+class Contribution(Keeper):
     """Degrees of the global variant: ``w`` and two temperatures, one linear map D_k a level."""
 
     def __init__(self, dims: Sequence[int]) -> None:
@@ -142,12 +153,15 @@ class Contribution(nn.Module):
 
     def scales(self) -> Tensor:
         """``(L+1,)`` degree of each level over the number of levels: what multiplies D_k in the similarity."""
-        return ops.degrees(self.w, self.temp_scale_1, self.temp_scale_2, mean=True)
+        weights = self.w, self.temp_scale_1, self.temp_scale_2
+        if self.cache is None or torch.is_grad_enabled():
+            return ops.degrees(*weights, mean=True)
+        return self.cache.get("scales", weights, lambda given: ops.degrees(*given, mean=True))
 
     def fold(self, units: Tensor, side: str, levels: Sequence[int] | None = None) -> Tensor:
         """Fold ``units`` of some levels (default: all), in the order of ``levels``."""
         if levels is None:
-            return ops.fold(units, tensors_of(self.matrices), self.scales(), side=side)
+            return ops.fold(units, tensors_of(self.matrices), self.scales(), side=side, cache=self.cache)
         return ops.fold(units, [self.matrices[k] for k in levels], self.scales()[list(levels)], side=side)
 
     @torch.no_grad()

@@ -1,6 +1,8 @@
 """Measure-units of embeddings."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,32 +15,36 @@ from esl_fast.ops.backend import use_kernels
 CHAINS = ("normalized", "raw")
 
 
-class SelectionCache:
-    """Keeps what was made of an aggregator's weights until one of them changes in place.
+class WeightsCache:
+    """Keeps what was made of weights, one thing a kind, until one of them changes in place.
 
     A change shows in the weight's version. One that goes around it (``weight.data``) is seen on a CPU, where the values
     are compared as well; on a GPU that would need a synchronisation, and :meth:`clear` is the caller's.
     """
 
     def __init__(self) -> None:
-        self._key, self._values, self._selection = None, (), None
+        self._kept: dict[tuple[str, int], tuple] = {}
 
     def clear(self) -> None:
         self.__init__()
 
     def __reduce__(self) -> tuple:
-        return type(self), ()  # a copy selects anew: compressed matrices cannot be copied
+        return type(self), ()  # a copy makes all anew: compressed matrices cannot be copied
 
-    def get(self, weights: Sequence[Tensor], select, kind: str):
+    def get(self, kind: str, weights: Sequence[Tensor], make: Callable, make_once: Callable | None = None) -> Any:
+        """What ``make(weights)`` has made; of weights that cannot be watched, what ``make_once(weights)`` makes now."""
         if any(w.is_inference() for w in weights):  # these carry no version to compare
-            return select(weights)
+            return (make_once or make)(weights)
         if weights and weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
-            return select(weights)  # what is captured is computed at replay, from the weights of that time
-        key = (kind, *((w.data_ptr(), w._version, w.dtype) for w in weights))
-        if key != self._key or not all(torch.equal(w, v) for w, v in zip(weights, self._values, strict=False)):
-            self._values = [w.detach().clone() for w in weights if w.device.type == "cpu"]
-            self._key, self._selection = key, select(weights)
-        return self._selection
+            return (make_once or make)(weights)  # at replay, from the weights of that time
+        key = [(w.data_ptr(), w._version, w.dtype) for w in weights]
+        name = kind, len(weights)
+        found, values, made = self._kept.get(name, (None, (), None))
+        if key != found or not all(torch.equal(w, v) for w, v in zip(weights, values, strict=False)):
+            values = [w.detach().clone() for w in weights if w.device.type == "cpu"]
+            made = make(weights)
+            self._kept[name] = key, values, made
+        return made
 
 
 @without_autocast
@@ -48,7 +54,7 @@ def aggregate(
     *,
     chain: str,
     normalize: bool = True,
-    cache: SelectionCache | None = None,
+    cache: WeightsCache | None = None,
 ) -> Tensor:
     """Units of every embedding: level 0 and the aggregated levels 1..L, concatenated.
 
@@ -58,7 +64,7 @@ def aggregate(
             whose rows are normalised and keep their two largest entries.
         chain: what the next level reads, ``"normalized"`` units (image side) or ``"raw"`` vectors (text side).
         normalize: divide ``x`` by its norm first (global variant).
-        cache: keeps the selection of unchanging adaptive weights between calls.
+        cache: keeps what is made of unchanging adaptive weights between calls.
 
     Returns:
         ``(..., U)`` with ``U = sum_l d_l``, in the dtype of ``x``; computed in float32 or float64.
@@ -97,7 +103,7 @@ def aggregator(
     *,
     chain: str,
     normalize: bool = True,
-    cache: SelectionCache | None = None,
+    cache: WeightsCache | None = None,
 ) -> Callable[[Tensor], Tensor]:
     """:func:`aggregate` for block after block of rows ``(n, d)`` of a dtype, on a CPU without gradients.
 
@@ -112,7 +118,7 @@ def aggregator(
     if isinstance(weights, Tensor):
         levels = weights.to(compute).unbind()
     else:
-        levels = compressed(weights) if cache is None else cache.get(weights, compressed, f"compressed {compute}")
+        levels = compressed(weights) if cache is None else cache.get(f"compressed {compute}", weights, compressed)
 
     def units(rows: Tensor) -> Tensor:
         rows = rows.detach().to(compute)
@@ -139,12 +145,19 @@ def _check_levels(x: Tensor, weights: Sequence[Tensor], heuristic: bool) -> None
 
 
 def _aggregate_kernels(
-    rows: Tensor, weights: Tensor | Sequence[Tensor], cache: SelectionCache | None, **options
+    rows: Tensor, weights: Tensor | Sequence[Tensor], cache: WeightsCache | None, **options
 ) -> Tensor:
     from esl_fast.kernels import aggregate as kernel  # Triton is imported only where it is used
-    from esl_fast.kernels.select import select
+    from esl_fast.kernels import composed
+    from esl_fast.kernels.select import adaptive_dims, select
 
     if isinstance(weights, Tensor):
         return kernel.aggregate_heuristic(rows, weights, **options)
-    selection = select(weights) if cache is None else cache.get(weights, select, "kernel")
-    return kernel.aggregate_adaptive(rows, weights, selection, **options)
+    if cache is None:
+        return kernel.aggregate_adaptive(rows, weights, select(weights), **options)
+    if composed.serves(rows, weights):
+        # Composing takes longer than it saves a single call.
+        maps = cache.get(f"composed {rows.dtype}", weights, partial(composed.compose, dtype=rows.dtype), lambda _: None)
+        if maps is not None:
+            return composed.aggregate_composed(rows, maps, list(adaptive_dims(weights)), options["normalize"])
+    return kernel.aggregate_adaptive(rows, weights, cache.get("selection", weights, select), **options)

@@ -8,6 +8,7 @@ from torch import Tensor
 from esl_fast import blocked, reference
 from esl_fast._autocast import without_autocast
 from esl_fast.ops import checks
+from esl_fast.ops.aggregate import WeightsCache
 from esl_fast.ops.backend import use_kernels
 
 SIDES = ("image", "text")
@@ -49,7 +50,9 @@ def degrees(
 
 
 @without_autocast
-def fold(units: Tensor, matrices: Sequence[Tensor], scales: Tensor, *, side: str) -> Tensor:
+def fold(
+    units: Tensor, matrices: Sequence[Tensor], scales: Tensor, *, side: str, cache: WeightsCache | None = None
+) -> Tensor:
     """Multiply level k of ``units (..., U)`` by ``scales[k] * D_k``, so that one dot product gives the similarity.
 
     Args:
@@ -57,6 +60,7 @@ def fold(units: Tensor, matrices: Sequence[Tensor], scales: Tensor, *, side: str
         matrices: D_k ``(d_k, d_k)``, one a level.
         scales: ``(L+1,)``; the global variant's are ``degree_k / (L+1)``.
         side: which side ``units`` are: ``"text"`` applies D_k (``x . D y``), ``"image"`` its transpose.
+        cache: keeps what is made of unchanging matrices between calls.
 
     Returns:
         Folded units, same shape and dtype; computed in float32 or float64.
@@ -78,13 +82,16 @@ def fold(units: Tensor, matrices: Sequence[Tensor], scales: Tensor, *, side: str
             checks.same_device(units=units, **{f"matrices[{level}]": matrix})
     checks.same_device(units=units, scales=scales)
     rows = units.reshape(-1, width)
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (units, scales, *matrices))
     if use_kernels(rows):
         from esl_fast.kernels import contribution as kernel  # Triton is imported only where it is used
 
-        return kernel.fold(rows, matrices, scales, side).view(units.shape)
+        if cache is None or grad:
+            return kernel.fold(rows, matrices, scales, side).view(units.shape)
+        packed = cache.get(f"{side} {rows.dtype}", matrices, lambda given: kernel.pack(given, rows.dtype, side))
+        return kernel.fold_packed(rows, packed, [len(m) for m in matrices], scales).view(units.shape)
     compute = torch.promote_types(units.dtype, torch.float32)
     arguments = (rows.to(compute), [m.to(compute) for m in matrices], scales.to(compute))
-    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (units, scales, *matrices))
     if grad or rows.device.type != "cpu" or torch.compiler.is_compiling() or checks.in_transform():
         folded = reference.contribution.fold(*arguments, side=side)
     else:

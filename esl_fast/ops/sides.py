@@ -1,13 +1,11 @@
 """Both sides of a similarity at once, where that is faster than one op after another."""
 
 from collections.abc import Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor
 
 from esl_fast._autocast import without_autocast
-from esl_fast.ops.aggregate import SelectionCache
 from esl_fast.ops.backend import use_kernels
 
 Weights = Tensor | Sequence[Tensor]
@@ -47,7 +45,6 @@ def sides(
     *,
     chains: tuple[str, str],
     normalize: bool,
-    caches: tuple[SelectionCache | None, SelectionCache | None],
 ) -> tuple[Tensor, Tensor]:
     """Units of both sides, the smaller one folded: :func:`aggregate`, :func:`degrees` and :func:`fold`, to the bit.
 
@@ -56,16 +53,12 @@ def sides(
         weights: of the images' and of the texts' aggregator, each as :func:`aggregate` takes them, of the same shapes.
         degrees: ``w`` and both temperatures, as :func:`degrees` takes them; of the global variant.
         matrices: D_k, one a level.
-        chains, normalize, caches: as in :func:`aggregate`.
+        chains, normalize: as in :func:`aggregate`.
     """
-    from esl_fast.kernels.select import select, select_both  # Triton is imported only where it is used
+    from esl_fast.kernels.select import select_both  # Triton is imported only where it is used
     from esl_fast.kernels.sides import sides as kernel
 
     features = images, texts
     if isinstance(weights[0], Tensor):
         return kernel(features, degrees, matrices, [(taps,) for taps in weights], None, chains, normalize)
-    if None in caches or (torch.is_grad_enabled() and any(x.requires_grad for x in chain(features, *weights))):
-        selections = select_both(*weights)
-    else:
-        selections = [cache.get(raw, select, "kernel") for raw, cache in zip(weights, caches, strict=True)]
-    return kernel(features, degrees, matrices, weights, selections, chains, normalize)
+    return kernel(features, degrees, matrices, weights, select_both(*weights), chains, normalize)

@@ -102,7 +102,7 @@ def test_one_side_alone(device, calls):
     assert [side.requires_grad for side in head.sides(images, texts)] == [True, False]
     with torch.no_grad():
         assert not any(side.requires_grad for side in head.sides(images, texts))
-    assert len(calls) == 2
+    assert len(calls) == 1  # without gradients there is nothing to be saved
 
 
 @pytest.mark.parametrize("aggregator", AGGREGATORS)

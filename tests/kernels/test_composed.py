@@ -1,0 +1,141 @@
+"""Aggregation by composed maps, against the float64 reference, and what inference keeps of weights."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+import esl_fast
+from esl_fast.kernels import composed
+from esl_fast.kernels._common import INTERPRETING
+from esl_fast.kernels.tile import target_of
+from esl_fast.reference import aggregate as reference
+from esl_fast.reference.aggregate import level_dims
+
+HALF = [torch.float16] if INTERPRETING else [torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def everywhere(monkeypatch, device):
+    if target_of(device) not in composed.TARGETS:
+        pytest.skip(f"composed maps are not for {target_of(device)}")
+    monkeypatch.setattr(composed, "FROM", 0)
+
+
+def make(n, dims, dtype, device):
+    torch.manual_seed(0)
+    weights = [torch.randn(rows, columns, device=device) for columns, rows in pairwise(dims)]
+    weights[0][0] = 0.25  # all equal: all are selected
+    return torch.randn(n, dims[0], device=device).to(dtype), weights
+
+
+def defined(x, weights, **options):
+    levels = [reference.select_top2(w.double()) for w in weights]
+    return reference.aggregate(x.double(), levels, **options)
+
+
+def error(found, wanted):
+    return ((found.double() - wanted).norm() / wanted.norm()).item()
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(
+    ("n", "size", "dims"),
+    [
+        (130, 2, level_dims(512, 2, 8)),
+        (1, 2, level_dims(512, 2, 2)),
+        (257, 2, level_dims(384, 2, 1)),
+        (128, 3, level_dims(768, 3, 5)),
+        (3, 2, level_dims(128, 2, 7)),
+    ],
+    ids=str,
+)
+def test_units(n, size, dims, dtype, device):
+    x, weights = make(n, dims, dtype, device)
+    assert composed.serves(x, weights)
+    maps = composed.compose(weights, dtype)
+    for normalize in (True, False):
+        units = composed.aggregate_composed(x, maps, dims, normalize)
+        assert units.dtype == dtype
+        for level, units_of in enumerate(units.split(dims, 1)):
+            for chain in ("normalized", "raw"):
+                wanted = defined(x, weights, chain=chain, normalize=normalize).split(dims, 1)[level]
+                assert error(units_of, wanted) <= 2 * torch.finfo(dtype).eps
+        rows = units.as_strided((n, units.stride(0)), units.stride())
+        assert not rows[:, sum(dims) :].any()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_no_worse_than_naive(dtype, device):
+    dims = level_dims(512, 2, 8)
+    x, weights = make(64, dims, dtype, device)
+    wanted = defined(x, weights, chain="raw")
+    naive = reference.aggregate(x, [reference.select_top2(w).to(dtype) for w in weights], chain="raw")
+    units = composed.aggregate_composed(x, composed.compose(weights, dtype), dims, True)
+    assert error(units, wanted) < error(naive, wanted)
+
+
+def test_an_embedding_of_zeros_has_no_direction(device):
+    dims = level_dims(256, 2, 2)
+    x, weights = make(5, dims, torch.float16, device)
+    x[3] = 0
+    units = composed.aggregate_composed(x, composed.compose(weights, x.dtype), dims, True)
+    assert units.isnan().all(1).tolist() == units.isnan().any(1).tolist() == [False, False, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("dims", "dtype", "columns"),
+    [
+        (level_dims(1024, 2, 8), torch.float16, 1024),  # level 1 is wider than a tile
+        (level_dims(320, 2, 2), torch.float16, 320),  # and here no whole box
+        (level_dims(512, 2, 8), torch.float32, 512),
+        (level_dims(512, 2, 8), torch.float16, 513),  # rows out of line
+    ],
+    ids=str,
+)
+def test_what_does_not_fit(dims, dtype, columns, device):
+    weights = [torch.randn(after, before, device=device) for before, after in pairwise(dims)]
+    assert not composed.serves(torch.randn(9, columns, device=device).to(dtype)[:, : dims[0]], weights)
+
+
+@pytest.fixture
+def head(device):
+    torch.manual_seed(0)
+    head = esl_fast.ESLHead(128, num_levels=3, aggregator="adaptive").to(device).eval()
+    with torch.no_grad():
+        for matrix in head.contribution.matrices:
+            matrix.add_(torch.randn_like(matrix) / 10)
+    return head
+
+
+
+@pytest.mark.parametrize("counts", [(5, 9), (9, 5)], ids=str)
+def test_inference_sees_new_weights(counts, head, device, monkeypatch):
+    made = []
+    compose = composed.compose
+    monkeypatch.setattr(composed, "compose", lambda *args, **options: made.append(1) or compose(*args, **options))
+    images, texts = (torch.randn(n, 128, device=device).half() for n in counts)
+    changes = [
+        lambda: None,
+        lambda: head.image.weights[0].mul_(torch.randn(64, 128, device=device)),
+        lambda: head.contribution.matrices[1].mul_(2),
+        lambda: head.contribution.w.add_(0.01 * torch.arange(4, device=device)),
+    ]
+    with torch.no_grad(), esl_fast.use_backend("triton"):
+        for change, expected in zip(changes, [2, 3, 3, 3], strict=True):
+            change()
+            found = head(images, texts)
+            assert len(made) == expected
+            with esl_fast.use_backend("torch"):
+                wanted = head(images.float(), texts.float())
+            assert error(found, wanted.double()) < 2e-3
+            assert torch.equal(head(images, texts), found)
+
+
+def test_gradients_come_from_what_is_differentiable(head, device, monkeypatch):
+    monkeypatch.setattr(composed, "aggregate_composed", lambda *args: pytest.fail("has no gradient"))
+    images, texts = (torch.randn(5, 128, device=device).half().requires_grad_() for _ in range(2))
+    with esl_fast.use_backend("triton"):
+        head(images, texts).sum().backward()
+    assert images.grad.norm() > 0
