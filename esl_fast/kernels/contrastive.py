@@ -8,11 +8,11 @@ unless all lie between 2^-80 and 2^120 (logits of a row or column would have to 
 kernel does it again with running maxima; nothing waits for the host to find out, the second one returns at once if it
 is not needed.
 
-Backward: the gradient G of the logits is recomputed `CHUNK` rows at a time into scratch of the units' dtype, with the
-same single exponential, and two plain products (cuBLAS) turn it into gradients of the units: with the forward, four
-products in all. Keeping G on chip instead would need either a fifth product (one recomputation for each side) or sums
-across programs in no fixed order. G is stored times `GAIN / max(row weight, column weight)`, at most 2 * GAIN, so that
-float16 holds it. On the diagonal, where a probability near 1 is subtracted from its target, it is computed apart.
+Backward: the gradient G of the logits is recomputed some `CHUNK` rows at a time into scratch of the units' dtype, with
+the same single exponential, and two plain products (cuBLAS) turn it into gradients of the units: with the forward,
+four products in all. Keeping G on chip instead would need either a fifth product (one recomputation for each side) or
+sums across programs in no fixed order. G is stored times `GAIN / max(row weight, column weight)`, at most 2 * GAIN, so
+that float16 holds it. On the diagonal, where a probability near 1 is subtracted from its target, it is computed apart.
 
 Memory beside units and gradients: scratch CHUNK * M elements, M * U float32 for the text gradient summed over chunks,
 and 12 bytes for each row and column and program that touches it: linear in N + M.
@@ -35,6 +35,7 @@ from esl_fast.kernels.inspect import CompileCase
 from esl_fast.kernels.paired import paired_scores
 from esl_fast.kernels.tile import (
     GROUP,
+    Plan,
     check_operands,
     eighths,
     launch_options,
@@ -553,11 +554,12 @@ def contrastive_backward(
         images, texts = plan.tensors
         factor = grad.to(torch.float32) * unit
         unit_factor = factor * logit_scale.to(torch.float32)
-        scratch = padded_rows(min(n, CHUNK), m, image_units.dtype, image_units.device)
-        scale_parts = image_units.new_zeros(cdiv(n, CHUNK), plan.programs, dtype=torch.float32)
+        rows = chunk_rows(plan)
+        scratch = padded_rows(min(n, rows), m, image_units.dtype, image_units.device)
+        scale_parts = image_units.new_zeros(cdiv(n, rows), plan.programs, dtype=torch.float32)
         text_total = None
-        for chunk, first in enumerate(range(0, n, CHUNK)):
-            last = min(n, first + CHUNK)
+        for chunk, first in enumerate(range(0, n, rows)):
+            last = min(n, first + rows)
             gradient = scratch[: last - first]
             programs = min(plan.programs, cdiv(last - first, plan.config.rows) * plan.col_blocks)
             _gradient_kernel[(programs,)](
@@ -585,14 +587,13 @@ def contrastive_backward(
             if mode != POSITIVE:
                 gradient.diagonal(first).copy_(on_diagonal[first:last])
             if needs_image:
-                part = _product(gradient, widened(texts))[:, :units]
-                torch.mul(part, unit_factor, out=grad_image[first:last])
+                _write(_product(gradient, widened(texts)), unit_factor, grad_image[first:last])
             if needs_text:
                 text_total = _product(gradient.mT, widened(images[first:last]), text_total)
         scores = scale_parts.sum() - besides.sum()
         grad_scale = (scores * factor).to(logit_scale.dtype).reshape(logit_scale.shape)
         if text_total is not None:
-            torch.mul(text_total[:, :units], unit_factor, out=grad_text)
+            _write(text_total, unit_factor, grad_text)
         return grad_image, grad_text, grad_scale
 
 
@@ -605,6 +606,31 @@ def _(grad, image_units, folded_text_units, logit_scale, *args):
         padded_rows(m if needs_text else 0, units, image_units.dtype, image_units.device),
         torch.empty_like(logit_scale),
     )
+
+
+def chunk_rows(plan: Plan) -> int:
+    """Rows of the gradient of the logits that are held at a time: of chunks near ``CHUNK`` those of the fewest rounds.
+
+    A chunk's last round of tiles, one a program, may be all but empty.
+    """
+
+    step = plan.config.rows
+
+    def cost(rows: int) -> tuple[int, int]:
+        lengths = [min(rows, plan.n - first) for first in range(0, plan.n, rows)]
+        rounds = sum(cdiv(cdiv(length, step) * plan.col_blocks, plan.programs) for length in lengths)
+        return rounds, len(lengths)
+
+    least, most = (max(step, CHUNK * eighths // 8 // step * step) for eighths in (7, 9))
+    return min(range(least, most + 1, step), key=cost)
+
+
+def _write(product: Tensor, factor: Tensor, out: Tensor) -> None:
+    """``product * factor`` into ``out``, both as wide as they lie in memory if they can be: that is twice as fast."""
+    whole = widened(out)
+    if whole.shape != product.shape:
+        whole, product = out, product[:, : out.shape[1]]
+    torch.mul(product, factor, out=whole)
 
 
 def _product(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
