@@ -8,9 +8,9 @@ unless all lie between 2^-80 and 2^120 (logits of a row or column would have to 
 kernel does it again with running maxima; nothing waits for the host to find out, the second one returns at once if it
 is not needed.
 
-Backward: the gradient G of the logits is recomputed some `CHUNK` rows at a time into scratch of the units' dtype, with
-the same single exponential, and two plain products (cuBLAS) turn it into gradients of the units: with the forward,
-four products in all. Keeping G on chip instead would need either a fifth product (one recomputation for each side) or
+Backward: the gradient G of the logits is recomputed `CHUNK` rows at a time into scratch of the units' dtype, with the
+same single exponential, and two plain products (cuBLAS) turn it into gradients of the units: with the forward, four
+products in all. Keeping G on chip instead would need either a fifth product (one recomputation for each side) or
 sums across programs in no fixed order. G is stored times `GAIN / max(row weight, column weight)`, at most 2 * GAIN, so
 that float16 holds it. On the diagonal, where a probability near 1 is subtracted from its target, it is computed apart.
 
@@ -29,13 +29,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from esl_fast.kernels._common import cdiv, on_device_of, padded_rows, widened
+from esl_fast.kernels._common import cdiv, next_power_of_2, on_device_of, padded_rows, widened
+from esl_fast.kernels._launch import launch
 from esl_fast.kernels._op import op
 from esl_fast.kernels.inspect import CompileCase
 from esl_fast.kernels.paired import paired_scores
 from esl_fast.kernels.tile import (
     GROUP,
-    Plan,
     check_operands,
     eighths,
     launch_options,
@@ -52,7 +52,7 @@ from esl_fast.kernels.tile import (
     tile_product,
 )
 
-CHUNK = 4096
+CHUNK = 4096  # the products with 4,352 rows, which fill the last round of tiles here, take cuBLAS a tenth longer
 FINISH_BLOCK = 256
 GAIN_BITS = tl.constexpr(14)
 GAIN = tl.constexpr(2.0**14)
@@ -355,6 +355,15 @@ def _finish_kernel(
         tl.store(unit, weight / (2.0 * GAIN))
 
 
+@triton.jit(do_not_specialize=["width"])
+def _write_kernel(product, factor, out, product_row, out_row, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = column < width
+    value = tl.load(product + row * product_row + column, mask=live) * tl.load(factor)
+    tl.store(out + row * out_row + column, value.to(out.dtype.element_ty), mask=live)
+
+
 @triton.jit(
     do_not_specialize=["n", "m", "units", "first_row", "last_row", "grad_row"],
     do_not_specialize_on_alignment=["scale_parts"],  # one row of several, as long as there are multiprocessors
@@ -554,12 +563,11 @@ def contrastive_backward(
         images, texts = plan.tensors
         factor = grad.to(torch.float32) * unit
         unit_factor = factor * logit_scale.to(torch.float32)
-        rows = chunk_rows(plan)
-        scratch = padded_rows(min(n, rows), m, image_units.dtype, image_units.device)
-        scale_parts = image_units.new_zeros(cdiv(n, rows), plan.programs, dtype=torch.float32)
+        scratch = padded_rows(min(n, CHUNK), m, image_units.dtype, image_units.device)
+        scale_parts = image_units.new_zeros(cdiv(n, CHUNK), plan.programs, dtype=torch.float32)
         text_total = None
-        for chunk, first in enumerate(range(0, n, rows)):
-            last = min(n, first + rows)
+        for chunk, first in enumerate(range(0, n, CHUNK)):
+            last = min(n, first + CHUNK)
             gradient = scratch[: last - first]
             programs = min(plan.programs, cdiv(last - first, plan.config.rows) * plan.col_blocks)
             _gradient_kernel[(programs,)](
@@ -608,29 +616,14 @@ def _(grad, image_units, folded_text_units, logit_scale, *args):
     )
 
 
-def chunk_rows(plan: Plan) -> int:
-    """Rows of the gradient of the logits that are held at a time: of chunks near ``CHUNK`` those of the fewest rounds.
-
-    A chunk's last round of tiles, one a program, may be all but empty.
-    """
-
-    step = plan.config.rows
-
-    def cost(rows: int) -> tuple[int, int]:
-        lengths = [min(rows, plan.n - first) for first in range(0, plan.n, rows)]
-        rounds = sum(cdiv(cdiv(length, step) * plan.col_blocks, plan.programs) for length in lengths)
-        return rounds, len(lengths)
-
-    least, most = (max(step, CHUNK * eighths // 8 // step * step) for eighths in (7, 9))
-    return min(range(least, most + 1, step), key=cost)
-
-
 def _write(product: Tensor, factor: Tensor, out: Tensor) -> None:
-    """``product * factor`` into ``out``, both as wide as they lie in memory if they can be: that is twice as fast."""
-    whole = widened(out)
-    if whole.shape != product.shape:
-        whole, product = out, product[:, : out.shape[1]]
-    torch.mul(product, factor, out=whole)
+    """``product * factor`` into ``out``, of as many columns or fewer; PyTorch takes several times as long for it."""
+    n, width = out.shape
+    block = min(1024, next_power_of_2(width))
+    launch(
+        _write_kernel, (n, cdiv(width, block), 1), (product, factor, out, product.stride(0), out.stride(0), width),
+        {"BLOCK": block, "num_warps": max(1, block // 256), "enable_fp_fusion": True},
+    )  # fmt: skip
 
 
 def _product(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
@@ -784,4 +777,13 @@ def compile_cases() -> list[CompileCase]:
             for name, mode in (("diagonal", DIAGONAL), ("ignore", IGNORE))
         ),
         small("finish_32k_positive", _finish_kernel, {**block, "MODE": POSITIVE}, 40.0 * n),
+        CompileCase(
+            "write_32k", _write_kernel,
+            {
+                "product": "*fp32", "factor": "*fp32", "out": "*bf16",
+                "product_row": "i32", "out_row": "i32", "width": "i32",
+            },
+            {"BLOCK": 1024}, 4, 3, ("product", "factor", "out", "product_row", "out_row"),
+            flops=1.0 * n * units, bytes=6.0 * n * units, precision="fp32", options={"enable_fp_fusion": True},
+        ),
     ]  # fmt: skip

@@ -1,7 +1,6 @@
 """Measure-units of embeddings."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -157,7 +156,7 @@ def _aggregate_kernels(
         return kernel.aggregate_adaptive(rows, weights, select(weights), **options)
     if composed.serves(rows, weights):
         # Composing takes longer than it saves a single call.
-        maps = cache.get(f"composed {rows.dtype}", weights, partial(composed.compose, dtype=rows.dtype), lambda _: None)
+        maps = cache.get("composed", weights, composed.compose, lambda _: None)
         if maps is not None:
             return composed.aggregate_composed(rows, maps, list(adaptive_dims(weights)), options["normalize"])
     return kernel.aggregate_adaptive(rows, weights, cache.get("selection", weights, select), **options)

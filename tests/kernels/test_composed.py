@@ -12,7 +12,7 @@ from esl_fast.kernels.tile import target_of
 from esl_fast.reference import aggregate as reference
 from esl_fast.reference.aggregate import level_dims
 
-HALF = [torch.float16] if INTERPRETING else [torch.float16, torch.bfloat16]
+ROUNDING = 6e-3 if INTERPRETING else 3e-3  # the interpreter rounds to bfloat16 by cutting off
 
 
 @pytest.fixture(autouse=True)
@@ -22,11 +22,11 @@ def everywhere(monkeypatch, device):
     monkeypatch.setattr(composed, "FROM", 0)
 
 
-def make(n, dims, dtype, device):
+def make(n, dims, device):
     torch.manual_seed(0)
     weights = [torch.randn(rows, columns, device=device) for columns, rows in pairwise(dims)]
     weights[0][0] = 0.25  # all equal: all are selected
-    return torch.randn(n, dims[0], device=device).to(dtype), weights
+    return torch.randn(n, dims[0], device=device).bfloat16(), weights
 
 
 def defined(x, weights, **options):
@@ -39,7 +39,6 @@ def error(found, wanted):
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(
     ("n", "dims"),
     [
@@ -50,46 +49,65 @@ def error(found, wanted):
     ],
     ids=str,
 )
-def test_units(n, dims, dtype, device):
-    x, weights = make(n, dims, dtype, device)
+def test_units(n, dims, device):
+    x, weights = make(n, dims, device)
     assert composed.serves(x, weights)
-    maps = composed.compose(weights, dtype)
+    maps = composed.compose(weights)
     for normalize in (True, False):
         units = composed.aggregate_composed(x, maps, dims, normalize)
-        assert units.dtype == dtype
-        for level, units_of in enumerate(units.split(dims, 1)):
-            for chain in ("normalized", "raw"):
-                wanted = defined(x, weights, chain=chain, normalize=normalize).split(dims, 1)[level]
-                assert error(units_of, wanted) <= 2 * torch.finfo(dtype).eps
+        for chain in ("normalized", "raw"):
+            wanted = defined(x, weights, chain=chain, normalize=normalize).split(dims, 1)
+            for found, level in zip(units.split(dims, 1), wanted, strict=True):
+                assert error(found, level) <= ROUNDING
         rows = units.as_strided((n, units.stride(0)), units.stride())
         assert not rows[:, sum(dims) :].any()
 
 
-@pytest.mark.parametrize("dtype", HALF)
-def test_no_worse_than_naive(dtype, device):
+@pytest.mark.parametrize("normalize", [True, False])
+def test_norms_that_float16_does_not_hold(normalize, device):
+    dims = level_dims(256, 2, 3)
+    x, weights = make(140, dims, device)
+    x *= torch.logspace(-20, 15, 140, device=device).bfloat16()[:, None]
+    units = composed.aggregate_composed(x, composed.compose(weights), dims, normalize)
+    wanted = defined(x, weights, chain="raw", normalize=normalize)
+    assert ((units - wanted).norm(dim=1) / wanted.norm(dim=1)).max() <= ROUNDING
+
+
+def test_no_worse_than_naive(device):
     dims = level_dims(512, 2, 8)
-    x, weights = make(64, dims, dtype, device)
+    x, weights = make(64, dims, device)
     wanted = defined(x, weights, chain="raw")
-    naive = reference.aggregate(x, [reference.select_top2(w).to(dtype) for w in weights], chain="raw")
-    units = composed.aggregate_composed(x, composed.compose(weights, dtype), dims, True)
-    assert error(units, wanted) < error(naive, wanted)
+    naive = reference.aggregate(x, [reference.select_top2(w).bfloat16() for w in weights], chain="raw")
+    units = composed.aggregate_composed(x, composed.compose(weights), dims, True)
+    assert error(units, wanted) < error(naive, wanted) / 2
 
 
 def test_an_embedding_of_zeros_has_no_direction(device):
     dims = level_dims(256, 2, 2)
-    x, weights = make(5, dims, torch.float16, device)
+    x, weights = make(5, dims, device)
     x[3] = 0
-    units = composed.aggregate_composed(x, composed.compose(weights, x.dtype), dims, True)
+    units = composed.aggregate_composed(x, composed.compose(weights), dims, True)
     assert units.isnan().all(1).tolist() == units.isnan().any(1).tolist() == [False, False, False, True, False]
+
+
+@pytest.mark.skipif(INTERPRETING, reason="interpreted programs run one after another")
+def test_many_tiles_a_program(device):
+    dims = level_dims(512, 2, 8)
+    x, weights = make(40_000, dims, device)
+    x[20_000:20_100] *= 2.0**-30
+    maps = composed.compose(weights)
+    units = composed.aggregate_composed(x, maps, dims, True)
+    assert error(units, defined(x, weights, chain="raw")) <= ROUNDING
+    assert all(torch.equal(composed.aggregate_composed(x, maps, dims, True), units) for _ in range(5))
 
 
 @pytest.mark.parametrize(
     ("dims", "dtype", "columns"),
     [
-        (level_dims(1024, 2, 8), torch.float16, 1024),  # level 1 is wider than a tile
-        (level_dims(512, 3, 2), torch.float16, 512),
-        (level_dims(512, 2, 8), torch.float32, 512),
-        (level_dims(512, 2, 8), torch.float16, 513),  # rows out of line
+        (level_dims(1024, 2, 8), torch.bfloat16, 1024),  # level 1 is wider than a tile
+        (level_dims(512, 3, 2), torch.bfloat16, 512),
+        (level_dims(512, 2, 8), torch.float16, 512),
+        (level_dims(512, 2, 8), torch.bfloat16, 513),  # rows out of line
     ],
     ids=str,
 )
@@ -114,7 +132,7 @@ def test_inference_sees_new_weights(counts, head, device, monkeypatch):
     made = []
     compose = composed.compose
     monkeypatch.setattr(composed, "compose", lambda *args, **options: made.append(1) or compose(*args, **options))
-    images, texts = (torch.randn(n, 128, device=device).half() for n in counts)
+    images, texts = (torch.randn(n, 128, device=device).bfloat16() for n in counts)
     changes = [
         lambda: None,
         lambda: head.image.weights[0].mul_(torch.randn(64, 128, device=device)),
@@ -128,13 +146,13 @@ def test_inference_sees_new_weights(counts, head, device, monkeypatch):
             assert len(made) == expected
             with esl_fast.use_backend("torch"):
                 wanted = head(images.float(), texts.float())
-            assert error(found, wanted.double()) < 2e-3
+            assert error(found, wanted.double()) < 4 * ROUNDING
             assert torch.equal(head(images, texts), found)
 
 
 def test_gradients_come_from_what_is_differentiable(head, device, monkeypatch):
     monkeypatch.setattr(composed, "aggregate_composed", lambda *args: pytest.fail("has no gradient"))
-    images, texts = (torch.randn(5, 128, device=device).half().requires_grad_() for _ in range(2))
+    images, texts = (torch.randn(5, 128, device=device).bfloat16().requires_grad_() for _ in range(2))
     with esl_fast.use_backend("triton"):
         head(images, texts).sum().backward()
     assert images.grad.norm() > 0

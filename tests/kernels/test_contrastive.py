@@ -79,7 +79,8 @@ def test_matches_float64(mode, n, m, width, device, poison, either_pass):
     assert all(map(torch.equal, grads, grads_again))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+# The interpreter cuts off what bfloat16 does not hold.
+@pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETING else [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("mode", ["diagonal", "positive"])
 def test_16_bits_beat_the_naive_path(mode, dtype, device, poison, either_pass):
     inputs, args = case(mode, 90, 90, 126, device, dtype)
