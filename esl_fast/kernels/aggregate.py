@@ -19,11 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from esl_fast.kernels._common import cdiv, matrices_of, next_power_of_2, on_device_of, padded_rows
-from esl_fast.kernels._launch import launch
+from esl_fast.kernels._launch import launch, wait_for_previous
 from esl_fast.kernels._op import op
-from esl_fast.kernels.inspect import CompileCase
+from esl_fast.kernels.inspect import TARGETS, CompileCase
 from esl_fast.kernels.select import Selection, adaptive_dims, locate, selection_dims
-from esl_fast.kernels.tile import processors
+from esl_fast.kernels.tile import early, processors
 
 EPS = tl.constexpr(1e-8)
 CHAINS = ("normalized", "raw")
@@ -132,8 +132,9 @@ def _filter(z, taps, elements, DIM: tl.constexpr, RADIX: tl.constexpr):
 def _heuristic_forward(
     x_ptr, x_row, x_col, taps_ptr, units_ptr, units_row, n,
     DIMS: tl.constexpr, OFFSETS: tl.constexpr, SIZE: tl.constexpr, RADIX: tl.constexpr, POSITIONS: tl.constexpr,
-    ROWS: tl.constexpr, RAW: tl.constexpr, NORMALIZE: tl.constexpr,
+    ROWS: tl.constexpr, RAW: tl.constexpr, NORMALIZE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(PDL)
     LEVELS: tl.constexpr = len(DIMS) - 1
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     elements = _elements(POSITIONS, LEVELS, SIZE, RADIX)
@@ -213,7 +214,7 @@ def _heuristic_config(embed_dim: int, size: int, levels: int) -> tuple[dict, int
     return constants, warps
 
 
-def _check_chain(chain: str) -> bool:
+def check_chain(chain: str) -> bool:
     """Whether the chain is raw."""
     if chain not in CHAINS:
         raise ValueError(f"chain must be one of {CHAINS}, got {chain!r}")
@@ -222,7 +223,7 @@ def _check_chain(chain: str) -> bool:
 
 @op("aggregate_heuristic")
 def _aggregate_heuristic(x: Tensor, taps: Tensor, chain: str, normalize: bool) -> Tensor:
-    raw = _check_chain(chain)
+    raw = check_chain(chain)
     constants, warps = _heuristic_config(x.shape[1], taps.shape[1], taps.shape[0])
     width = constants["OFFSETS"][-1]
     units = padded_rows(x.shape[0], width, x.dtype, x.device)
@@ -232,7 +233,10 @@ def _aggregate_heuristic(x: Tensor, taps: Tensor, chain: str, normalize: bool) -
             launch(
                 _heuristic_forward, grid,
                 (x, *x.stride(), taps.contiguous(), units, units.stride(0), x.shape[0]),
-                {**constants, "RAW": raw, "NORMALIZE": normalize, "num_warps": warps, "enable_fp_fusion": True},
+                {
+                    **constants, "RAW": raw, "NORMALIZE": normalize, **early(x.device),
+                    "num_warps": warps, "enable_fp_fusion": True,
+                },
             )  # fmt: skip
     return units
 
@@ -247,7 +251,7 @@ def _(x: Tensor, taps: Tensor, chain: str, normalize: bool) -> Tensor:
 def _aggregate_heuristic_backward(
     grad: Tensor, x: Tensor, taps: Tensor, chain: str, normalize: bool
 ) -> tuple[Tensor, Tensor]:
-    raw = _check_chain(chain)
+    raw = check_chain(chain)
     constants, warps = _heuristic_config(x.shape[1], taps.shape[1], taps.shape[0])
     levels = len(constants["DIMS"]) - 1
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -501,7 +505,7 @@ def _transposed(units: int, samples: int, device: torch.device) -> Tensor:
 def _aggregate_adaptive(
     x: Tensor, weights: list[Tensor], selection: list[Tensor], chain: str, normalize: bool
 ) -> Tensor:
-    raw = _check_chain(chain)
+    raw = check_chain(chain)
     constants, config, _ = _adaptive_config(adaptive_dims(weights))
     units = padded_rows(x.shape[0], constants["OFFSETS"][-1], x.dtype, x.device)
     _, columns, values, counts, *_ = selection
@@ -527,7 +531,7 @@ def _aggregate_adaptive_backward(
     grad: Tensor, x: Tensor, selection: list[Tensor], dims: list[int], chain: str, normalize: bool, to_weights: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients to the embeddings and to all weights in one float32 buffer (empty unless ``to_weights``)."""
-    raw = _check_chain(chain)
+    raw = check_chain(chain)
     constants, _, config = _adaptive_config(tuple(dims))
     n = x.shape[0]
     rows, columns_in = selection_dims(tuple(dims))
@@ -617,14 +621,16 @@ def compile_cases() -> list[CompileCase]:
     back = {"back_rows_ptr": "*i32", "back_values_ptr": "*fp32", "back_counts_ptr": "*i32"}
     options = {"enable_fp_fusion": True}
 
-    def case(name, kernel, signature, constants, warps, *, dtype="bf16", flops=0.0, size=0.0) -> CompileCase:
+    def case(
+        name, kernel, signature, constants, warps, *, dtype="bf16", flops=0.0, size=0.0, targets=tuple(TARGETS)
+    ) -> CompileCase:
         signature = {key: value.replace("bf16", dtype) for key, value in signature.items()}
         strides = {key: 1 for key in ("x_col", "grad_col") if key in signature}
         signature = {key: value for key, value in signature.items() if key not in strides}
         aligned = tuple(key for key in signature if key != "n" and key not in COUNTS)
         return CompileCase(
             name, kernel, signature, {**constants, **strides}, warps, 3, divisible=aligned,
-            flops=flops, bytes=size, precision="fp32", options=options,
+            flops=flops, bytes=size, precision="fp32", options=options, targets=targets,
         )  # fmt: skip
 
     found = []
@@ -639,9 +645,13 @@ def compile_cases() -> list[CompileCase]:
             backward = {**embeddings, **gradients, "taps_ptr": "*fp32", "partial_ptr": "*fp32"}
             name = f"{dim}_s{size}_{chain}_{dtype}"
             found += [
-                case(
-                    f"heuristic_forward_{name}", _heuristic_forward, forward, {**constants, **flags}, warps,
-                    dtype=dtype, flops=4 * count, size=width * (5000 * dim + count),
+                *(
+                    case(
+                        f"heuristic_forward_{name}", _heuristic_forward, forward,
+                        {**constants, **flags, "PDL": targets == ("sm_90",)}, warps,
+                        dtype=dtype, flops=4 * count, size=width * (5000 * dim + count), targets=targets,
+                    )
+                    for targets in (("sm_90",), ("sm_80", "sm_100", "gfx942"))
                 ),
                 case(
                     f"heuristic_backward_{name}", _heuristic_backward, backward, {**constants, **flags}, warps,

@@ -4,9 +4,10 @@ A level is a linear map of the one before, up to a factor that its norm takes aw
 well. Composed, the maps are no longer sparse; but tensor cores multiply by them in less time than it takes to gather
 what the sparse ones select, level after level.
 
-Both are multiplied in float16: an embedding of a usual norm fits it exactly (others are divided by their norm first,
-in a second product for their tile), and the maps, of entries up to 1, lose an eighth of what bfloat16 would take.
-Relative error of the units at d=512: 1.7e-3 like that of exact units that are rounded, with maps in bfloat16 2.8e-3.
+Rounding the maps to bfloat16 moves a vector by some 2^-9 of its usual length, as rounding its units does. That is much
+where the vector is short, and among thousands of embeddings those of a few units sometimes are: such maps alone put
+single scores of 25,000 captions off by a tenth of the largest. What rounding takes from the maps to the smallest levels
+is therefore multiplied too, in 16 more columns. (float16 would not hold the maps: each level shrinks them.)
 
 Paper, n embeddings of d=512, s=2, L=8, bf16: 2 n d (U - d) FLOP; 1 KB read and 2 KB written an embedding. 25,000
 captions: 13.1 GFLOP, 17 us at 790 TFLOP/s, and 77 MB, 16 us at 4.8 TB/s, on an H200.
@@ -22,20 +23,19 @@ import triton.language as tl
 from torch import Tensor
 
 from esl_fast.kernels._common import INTERPRETING, cdiv, on_device_of, padded_rows
-from esl_fast.kernels._launch import launch
+from esl_fast.kernels._launch import launch, wait_for_previous
 from esl_fast.kernels._op import op
-from esl_fast.kernels.aggregate import EPS
+from esl_fast.kernels.aggregate import EPS, check_chain
 from esl_fast.kernels.inspect import CompileCase
 from esl_fast.kernels.select import adaptive_dims, select, selection_dims
-from esl_fast.kernels.tile import descriptor, processors, quarters, target_of, tma_ready
+from esl_fast.kernels.tile import descriptor, early, processors, quarters, target_of, tma_ready
 
 TARGETS = ("sm_90", "interpreted")  # measured on the one, tested on the other
-# Norms of embeddings that float16 holds: none of their elements is too large, nor too many too small to be exact.
-LEAST, MOST = tl.constexpr(2.0**-8), tl.constexpr(65504.0)
 FROM = 2560  # embeddings; of fewer, what the maps select is gathered sooner than a tile is multiplied
 COLS = 256  # units of a tile: those of level 1, or those of all levels beyond
 WIDTHS = (128, 256, 512)  # of embeddings: level 1 fits a tile and ends with a box, where the other tile starts
 BOX = COLS // 4  # that are written at once
+SMALL = 16  # units of the levels that are multiplied more exactly, those of 8 units and fewer, and one more
 ROWS, DEPTH, WARPS, STAGES = 128, 64, 8, 3
 
 
@@ -55,18 +55,36 @@ def _level_norm(parts, START: tl.constexpr, END: tl.constexpr):
 
 
 @triton.jit
-def _store_levels(acc, factor, units, row, first, ENDS: tl.constexpr):
+def _beside(left, right):
+    """Both one beside the other; the values stay in the registers they are in."""
+    return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (left.shape[0], 2 * left.shape[1]))
+
+
+@triton.jit
+def _store_levels(
+    acc, rest, inverse, units, row, first, ENDS: tl.constexpr, SMALL_BOX: tl.constexpr, EPS: tl.constexpr
+):  # fmt: skip
     """Divide each level of a tile by its norm and write it to ``units``, from column ``first`` on.
 
     Level k of the tile has the columns from ``ENDS[k]`` to ``ENDS[k + 1]``; zeros complete the last one's box.
-    ``factor (ROWS,)`` is what its rows are to be multiplied by.
+    ``rest (ROWS, SMALL)`` belongs to the last columns of the box ``SMALL_BOX``. ``inverse (ROWS,)`` is what the
+    embeddings are to be multiplied by.
     """
     parts = quarters(acc)
     BOX: tl.constexpr = parts[0].shape[1]
-    factors = (factor,)
+    if SMALL_BOX >= 0:
+        zeros = tl.zeros_like(rest)
+        rest = _beside(_beside(zeros, zeros), _beside(zeros, rest))
+        if SMALL_BOX == 0:
+            parts = (parts[0] + rest, parts[1], parts[2], parts[3])
+        elif SMALL_BOX == 1:
+            parts = (parts[0], parts[1] + rest, parts[2], parts[3])
+        else:
+            parts = (parts[0], parts[1], parts[2], parts[3] + rest)
+    factors = (inverse,)
     for level in tl.static_range(len(ENDS) - 1):
         norm = _level_norm(parts, ENDS[level], ENDS[level + 1])
-        factors = factors + (factor / (norm * factor + EPS),)
+        factors = factors + (inverse / (norm * inverse + EPS),)
     for box in tl.static_range(len(parts)):
         if box * BOX < ENDS[len(ENDS) - 1]:
             column = box * BOX + tl.arange(0, BOX)
@@ -80,50 +98,47 @@ def _store_levels(acc, factor, units, row, first, ENDS: tl.constexpr):
             units.store([row, first + box * BOX], (parts[box] * scale).to(units.dtype))
 
 
-@triton.jit
-def _safe_product(
-    x, maps, scale, row, col, DIM: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr
-):  # fmt: skip
-    """A tile of scaled embeddings by the maps."""
-    acc = tl.zeros((ROWS, COLS), tl.float32)
-    for k in tl.range(0, DIM, DEPTH, num_stages=1):  # no memory is left for buffers
-        scaled = x.load([row, k]).to(tl.float32) * scale[:, None]
-        acc = tl.dot(scaled.to(tl.float16), maps.load([col, k]).T, acc)
-    return acc
-
-
 @triton.jit(do_not_specialize=["n"])
 def _composed_kernel(
-    x, maps, units, x_ptr, x_row, units_ptr, units_row, n,
-    DIM: tl.constexpr, FIRST: tl.constexpr, BEYOND: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, NORMALIZE: tl.constexpr, FLATTEN: tl.constexpr,
+    x, maps, rests, x_again, units, x_ptr, x_row, units_ptr, units_row, n,
+    DIM: tl.constexpr, FIRST: tl.constexpr, BEYOND: tl.constexpr, SMALL_BOX: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, SMALL: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
+    EPS: tl.constexpr, NORMALIZE: tl.constexpr, UPCAST: tl.constexpr, FLATTEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Two tiles for every ``ROWS`` embeddings, of level 1 and of all levels beyond; each also writes half of level 0.
 
-    ``x``, ``maps`` and ``units`` are descriptors; embeddings and units come as pointers as well.
+    ``x``, ``maps``, ``rests`` (the last rows of the maps) and ``units`` are descriptors; embeddings and units come as
+    pointers as well. ``x_again`` is ``x``: what a dot and others read gets a buffer too few from Triton, which then
+    overwrites it under the dot (triton-lang/triton#6691).
     """
+    wait_for_previous(PDL)
     for tile in tl.range(tl.program_id(0), 2 * tl.cdiv(n, ROWS), tl.num_programs(0), flatten=FLATTEN):
         row = tile // 2 * ROWS
         beyond = tile % 2
         acc = tl.zeros((ROWS, COLS), tl.float32)
+        rest = tl.zeros((ROWS, SMALL), tl.float32)
         squares = tl.zeros((ROWS,), tl.float32)
-        for k in range(0, DIM, DEPTH):
-            exact = x.load([row, k]).to(tl.float32)
-            squares += tl.sum(exact * exact, 1)
-            acc = tl.dot(exact.to(tl.float16), maps.load([beyond * COLS, k]).T, acc)
-        rows = row.to(tl.int64) + tl.arange(0, ROWS)
-        norm = tl.sqrt_rn(squares)
-        inverse = 1.0 / norm if NORMALIZE else tl.full((ROWS,), 1.0, tl.float32)
-        factor = inverse
-        fits = ((norm >= LEAST) & (norm <= MOST)) | (rows >= n)
-        if tl.min(fits.to(tl.int32), 0) == 0:
-            acc = _safe_product(x, maps, 1.0 / norm, row, beyond * COLS, DIM, ROWS, COLS, DEPTH)
-            factor = inverse * norm
+        # Stages named here are for what no dot reads as well.
+        for k in tl.range(0, DIM, DEPTH, num_stages=STAGES):
+            a = x.load([row, k])
+            b = maps.load([beyond * COLS, k])
+            c = rests.load([2 * COLS, k])
+            if NORMALIZE:
+                exact = x_again.load([row, k]).to(tl.float32)
+                squares += tl.sum(exact * exact, 1)
+            if UPCAST:
+                a = a.to(tl.float32)
+                b = b.to(tl.float32)
+                c = c.to(tl.float32)
+            acc = tl.dot(a, b.T, acc)
+            rest = tl.dot(a, c.T, rest)
+        inverse = 1.0 / tl.sqrt_rn(squares) if NORMALIZE else tl.full((ROWS,), 1.0, tl.float32)
         if beyond == 0:
-            _store_levels(acc, factor, units, row, DIM, FIRST)
+            _store_levels(acc, rest, inverse, units, row, DIM, FIRST, -1, EPS)
         else:
-            _store_levels(acc, factor, units, row, DIM + FIRST[1], BEYOND)
+            _store_levels(acc, rest, inverse, units, row, DIM + FIRST[1], BEYOND, SMALL_BOX, EPS)
         # Not loaded sooner: there are no registers for it beside the accumulators.
+        rows = row.to(tl.int64) + tl.arange(0, ROWS)
         column = beyond * (DIM // 2) + tl.arange(0, DIM // 2)
         live = (rows < n)[:, None]
         level = tl.load(x_ptr + rows[:, None] * x_row + column[None, :], mask=live, other=0.0).to(tl.float32)
@@ -146,7 +161,8 @@ def serves(x: Tensor, weights: Sequence[Tensor]) -> bool:
 
 @torch.no_grad()
 def compose(weights: Sequence[Tensor]) -> Tensor:
-    """``(2 * COLS, d)`` in float16: the map to level 1 and, from row ``COLS`` on, those to all levels beyond."""
+    """``(2 * COLS + SMALL, d)`` bfloat16: the map to level 1, from row ``COLS`` on those to all levels beyond, and at
+    last what these lost of the smallest levels."""
     selection = select(weights)
     rows, columns = selection_dims(adaptive_dims(weights))
     sizes = [r * c for r, c in zip(rows, columns, strict=True)]
@@ -157,40 +173,52 @@ def compose(weights: Sequence[Tensor]) -> Tensor:
         matrix = torch.zeros(r, c, dtype=torch.float64, device=values.device)
         matrix.scatter_(1, listed.view(c, r).mT.long(), values.view(c, r).mT.double())
         levels.append(matrix @ levels[-1] if levels else matrix)
-    maps = torch.zeros(2 * COLS, columns[0], dtype=torch.float16, device=selection.values.device)
+    maps = torch.zeros(2 * COLS + SMALL, columns[0], dtype=torch.bfloat16, device=selection.values.device)
     maps[: rows[0]] = levels[0]
     if levels[1:]:
-        maps[COLS : COLS + sum(rows[1:])] = torch.cat(levels[1:])
+        beyond = torch.cat(levels[1:])
+        maps[COLS : COLS + len(beyond)] = beyond
+        first = _small(columns[0])
+        lost = beyond[first : first + SMALL] - maps[COLS + first : COLS + len(beyond)]
+        maps[2 * COLS : 2 * COLS + len(lost)] = lost
     return maps
 
 
+def _small(dim: int) -> int:
+    """Where the levels of 8 units and fewer start, counted from level 2 on."""
+    return dim // 2 - SMALL
+
+
 @op("aggregate_composed")
-def aggregate_composed(x: Tensor, maps: Tensor, dims: list[int], normalize: bool) -> Tensor:
+def aggregate_composed(x: Tensor, maps: Tensor, dims: list[int], chain: str, normalize: bool) -> Tensor:
     """Units ``(n, U)`` of embeddings ``x (n, d)``, bfloat16, by the ``maps`` that :func:`compose` made.
 
-    As :func:`esl_fast.kernels.aggregate.aggregate_adaptive`, by either chain, but without a gradient; for what
-    :func:`serves` allows.
+    As :func:`esl_fast.kernels.aggregate.aggregate_adaptive`, but without a gradient; for what :func:`serves` allows.
     """
+    # Of units nothing is short beside the definition's epsilon; raw vectors are as short here as there.
+    eps = EPS.value if check_chain(chain) else 1e-30
     n, width = x.shape[0], sum(dims)
     units = padded_rows(n, width, x.dtype, x.device)
+    rows = descriptor(x, ROWS, DEPTH)
     padded = units.as_strided((n, units.stride(0)), units.stride())
     with on_device_of(x):
         launch(
             _composed_kernel, (min(processors(x.device), 2 * cdiv(n, ROWS)), 1, 1),
             (
-                descriptor(x, ROWS, DEPTH), descriptor(maps, COLS, DEPTH), descriptor(padded, ROWS, BOX),
-                x, x.stride(0), units, units.stride(0), n,
+                rows, descriptor(maps, COLS, DEPTH), descriptor(maps, SMALL, DEPTH), rows,
+                descriptor(padded, ROWS, BOX), x, x.stride(0), units, units.stride(0), n,
             ),
             {
-                **_constants(tuple(dims)), "NORMALIZE": normalize, "FLATTEN": not INTERPRETING,
-                "num_warps": WARPS, "num_stages": STAGES, "enable_fp_fusion": True,
+                **_constants(tuple(dims)), "EPS": eps, "NORMALIZE": normalize, "UPCAST": INTERPRETING,
+                "FLATTEN": not INTERPRETING, **early(x.device), "num_warps": WARPS, "num_stages": STAGES,
+                "enable_fp_fusion": True,
             },
         )  # fmt: skip
     return units
 
 
 @aggregate_composed.register_fake
-def _(x: Tensor, maps: Tensor, dims: list[int], normalize: bool) -> Tensor:
+def _(x: Tensor, maps: Tensor, dims: list[int], chain: str, normalize: bool) -> Tensor:
     return padded_rows(x.shape[0], sum(dims), x.dtype, x.device)
 
 
@@ -199,7 +227,8 @@ def _constants(dims: tuple[int, ...]) -> dict:
     dims = tuple(dim for dim in dims if dim > 0)
     return {
         "DIM": dims[0], "FIRST": (0, dims[1]),
-        "BEYOND": (0, *accumulate(dims[2:])), "ROWS": ROWS, "COLS": COLS, "DEPTH": DEPTH,
+        "BEYOND": (0, *accumulate(dims[2:])), "ROWS": ROWS, "COLS": COLS, "DEPTH": DEPTH, "STAGES": STAGES,
+        "SMALL": SMALL, "SMALL_BOX": _small(dims[0]) // BOX,
     }  # fmt: skip
 
 
@@ -210,15 +239,20 @@ def compile_cases() -> list[CompileCase]:
         dims = tuple(dim >> level for level in range(levels + 1))
         width = sum(dims)
         signature = {
-            "x": f"tensordesc<bf16[{ROWS}, {DEPTH}]>", "maps": f"tensordesc<fp16[{COLS}, {DEPTH}]>",
+            "x": f"tensordesc<bf16[{ROWS}, {DEPTH}]>", "maps": f"tensordesc<bf16[{COLS}, {DEPTH}]>",
+            "rests": f"tensordesc<bf16[{SMALL}, {DEPTH}]>", "x_again": f"tensordesc<bf16[{ROWS}, {DEPTH}]>",
             "units": f"tensordesc<bf16[{ROWS}, {BOX}]>",
             "x_ptr": "*bf16", "x_row": "i32", "units_ptr": "*bf16", "units_row": "i32", "n": "i32",
         }  # fmt: skip
         found.append(
             CompileCase(
                 f"composed_{dim}_{levels}_levels", _composed_kernel, signature,
-                {**_constants(dims), "NORMALIZE": True, "FLATTEN": True}, WARPS, STAGES,
-                ("x_ptr", "x_row", "units_ptr", "units_row"), wants_wgmma=True, flops=2 * 25_000 * dim * (width - dim),
+                {
+                    **_constants(dims), "EPS": EPS.value, "NORMALIZE": True, "UPCAST": False, "FLATTEN": True,
+                    "PDL": True,
+                },
+                WARPS, STAGES, ("x_ptr", "x_row", "units_ptr", "units_row"), wants_wgmma=True,
+                flops=2 * 25_000 * dim * (width - dim),
                 bytes=2 * 25_000 * (dim + width), targets=("sm_90",), options={"enable_fp_fusion": True},
             )
         )  # fmt: skip

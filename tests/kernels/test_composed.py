@@ -12,7 +12,8 @@ from esl_fast.kernels.tile import target_of
 from esl_fast.reference import aggregate as reference
 from esl_fast.reference.aggregate import level_dims
 
-ROUNDING = 6e-3 if INTERPRETING else 3e-3  # the interpreter rounds to bfloat16 by cutting off
+# The interpreter rounds to bfloat16 by cutting off.
+ROUNDING = 6e-3 if INTERPRETING else 3e-3
 
 
 @pytest.fixture(autouse=True)
@@ -53,24 +54,28 @@ def test_units(n, dims, device):
     x, weights = make(n, dims, device)
     assert composed.serves(x, weights)
     maps = composed.compose(weights)
-    for normalize in (True, False):
-        units = composed.aggregate_composed(x, maps, dims, normalize)
-        for chain in ("normalized", "raw"):
-            wanted = defined(x, weights, chain=chain, normalize=normalize).split(dims, 1)
-            for found, level in zip(units.split(dims, 1), wanted, strict=True):
-                assert error(found, level) <= ROUNDING
+    for chain, normalize in (("normalized", True), ("raw", True), ("raw", False)):
+        units = composed.aggregate_composed(x, maps, dims, chain, normalize)
+        wanted = defined(x, weights, chain=chain, normalize=normalize).split(dims, 1)
+        for found, level in zip(units.split(dims, 1), wanted, strict=True):
+            assert error(found, level) <= ROUNDING
         rows = units.as_strided((n, units.stride(0)), units.stride())
         assert not rows[:, sum(dims) :].any()
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-def test_norms_that_float16_does_not_hold(normalize, device):
-    dims = level_dims(256, 2, 3)
-    x, weights = make(140, dims, device)
-    x *= torch.logspace(-20, 15, 140, device=device).bfloat16()[:, None]
-    units = composed.aggregate_composed(x, composed.compose(weights), dims, normalize)
-    wanted = defined(x, weights, chain="raw", normalize=normalize)
-    assert ((units - wanted).norm(dim=1) / wanted.norm(dim=1)).max() <= ROUNDING
+@pytest.mark.parametrize("chain", ["normalized", "raw"])
+def test_short_vectors_keep_their_direction(chain, device):
+    dims = level_dims(512, 2, 8)
+    x, weights = make(64, dims, device)
+    selected = [reference.select_top2(w.double()) for w in weights]
+    to_last = torch.linalg.multi_dot([*reversed(selected)])
+    # All but a thousandth of what the last level would be is taken away, as far as bfloat16 can.
+    for _ in range(4):
+        gone = torch.linalg.lstsq(to_last, to_last @ x.double().mT).solution.mT
+        x = (x.double() - 0.999 * gone).to(x.dtype)
+    wanted = defined(x, weights, chain=chain)[:, -2:]
+    units = composed.aggregate_composed(x, composed.compose(weights), dims, chain, True)[:, -2:]
+    assert error(units, wanted) <= 2 * ROUNDING
 
 
 def test_no_worse_than_naive(device):
@@ -78,7 +83,7 @@ def test_no_worse_than_naive(device):
     x, weights = make(64, dims, device)
     wanted = defined(x, weights, chain="raw")
     naive = reference.aggregate(x, [reference.select_top2(w).bfloat16() for w in weights], chain="raw")
-    units = composed.aggregate_composed(x, composed.compose(weights), dims, True)
+    units = composed.aggregate_composed(x, composed.compose(weights), dims, "raw", True)
     assert error(units, wanted) < error(naive, wanted) / 2
 
 
@@ -86,7 +91,7 @@ def test_an_embedding_of_zeros_has_no_direction(device):
     dims = level_dims(256, 2, 2)
     x, weights = make(5, dims, device)
     x[3] = 0
-    units = composed.aggregate_composed(x, composed.compose(weights), dims, True)
+    units = composed.aggregate_composed(x, composed.compose(weights), dims, "raw", True)
     assert units.isnan().all(1).tolist() == units.isnan().any(1).tolist() == [False, False, False, True, False]
 
 
@@ -94,11 +99,10 @@ def test_an_embedding_of_zeros_has_no_direction(device):
 def test_many_tiles_a_program(device):
     dims = level_dims(512, 2, 8)
     x, weights = make(40_000, dims, device)
-    x[20_000:20_100] *= 2.0**-30
     maps = composed.compose(weights)
-    units = composed.aggregate_composed(x, maps, dims, True)
+    units = composed.aggregate_composed(x, maps, dims, "raw", True)
     assert error(units, defined(x, weights, chain="raw")) <= ROUNDING
-    assert all(torch.equal(composed.aggregate_composed(x, maps, dims, True), units) for _ in range(5))
+    assert all(torch.equal(composed.aggregate_composed(x, maps, dims, "raw", True), units) for _ in range(5))
 
 
 @pytest.mark.parametrize(
@@ -126,12 +130,11 @@ def head(device):
     return head
 
 
-
 @pytest.mark.parametrize("counts", [(5, 9), (9, 5)], ids=str)
 def test_inference_sees_new_weights(counts, head, device, monkeypatch):
     made = []
     compose = composed.compose
-    monkeypatch.setattr(composed, "compose", lambda *args, **options: made.append(1) or compose(*args, **options))
+    monkeypatch.setattr(composed, "compose", lambda *args: made.append(1) or compose(*args))
     images, texts = (torch.randn(n, 128, device=device).bfloat16() for n in counts)
     changes = [
         lambda: None,
