@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
@@ -14,15 +12,6 @@ from esl_fast.kernels._common import INTERPRETING
 # AMD's compiler looks at the size of tensors as well, and the interpreter compiles nothing.
 REMEMBERING = not INTERPRETING and torch.version.hip is None
 _compiled: dict[tuple, tuple[Any, tuple]] = {}
-
-
-@triton.jit
-def wait_for_previous(PDL: tl.constexpr):
-    """First of all in a kernel that is launched early (:func:`esl_fast.kernels.tile.early`): until all that kernels
-    before it have written is visible. The next one may be launched early as soon as all programs of this one run."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 def launch(kernel: Any, grid: tuple[int, int, int], arguments: tuple, constants: Mapping[str, Any]) -> None:

@@ -19,11 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from esl_fast.kernels._common import cdiv, matrices_of, next_power_of_2, on_device_of, padded_rows
-from esl_fast.kernels._launch import launch, wait_for_previous
+from esl_fast.kernels._launch import launch
 from esl_fast.kernels._op import op
-from esl_fast.kernels.inspect import TARGETS, CompileCase
+from esl_fast.kernels.inspect import CompileCase
 from esl_fast.kernels.select import Selection, adaptive_dims, locate, selection_dims
-from esl_fast.kernels.tile import early, processors
+from esl_fast.kernels.tile import processors
 
 EPS = tl.constexpr(1e-8)
 CHAINS = ("normalized", "raw")
@@ -132,9 +132,8 @@ def _filter(z, taps, elements, DIM: tl.constexpr, RADIX: tl.constexpr):
 def _heuristic_forward(
     x_ptr, x_row, x_col, taps_ptr, units_ptr, units_row, n,
     DIMS: tl.constexpr, OFFSETS: tl.constexpr, SIZE: tl.constexpr, RADIX: tl.constexpr, POSITIONS: tl.constexpr,
-    ROWS: tl.constexpr, RAW: tl.constexpr, NORMALIZE: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, RAW: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    wait_for_previous(PDL)
     LEVELS: tl.constexpr = len(DIMS) - 1
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     elements = _elements(POSITIONS, LEVELS, SIZE, RADIX)
@@ -233,10 +232,7 @@ def _aggregate_heuristic(x: Tensor, taps: Tensor, chain: str, normalize: bool) -
             launch(
                 _heuristic_forward, grid,
                 (x, *x.stride(), taps.contiguous(), units, units.stride(0), x.shape[0]),
-                {
-                    **constants, "RAW": raw, "NORMALIZE": normalize, **early(x.device),
-                    "num_warps": warps, "enable_fp_fusion": True,
-                },
+                {**constants, "RAW": raw, "NORMALIZE": normalize, "num_warps": warps, "enable_fp_fusion": True},
             )  # fmt: skip
     return units
 
@@ -621,16 +617,14 @@ def compile_cases() -> list[CompileCase]:
     back = {"back_rows_ptr": "*i32", "back_values_ptr": "*fp32", "back_counts_ptr": "*i32"}
     options = {"enable_fp_fusion": True}
 
-    def case(
-        name, kernel, signature, constants, warps, *, dtype="bf16", flops=0.0, size=0.0, targets=tuple(TARGETS)
-    ) -> CompileCase:
+    def case(name, kernel, signature, constants, warps, *, dtype="bf16", flops=0.0, size=0.0) -> CompileCase:
         signature = {key: value.replace("bf16", dtype) for key, value in signature.items()}
         strides = {key: 1 for key in ("x_col", "grad_col") if key in signature}
         signature = {key: value for key, value in signature.items() if key not in strides}
         aligned = tuple(key for key in signature if key != "n" and key not in COUNTS)
         return CompileCase(
             name, kernel, signature, {**constants, **strides}, warps, 3, divisible=aligned,
-            flops=flops, bytes=size, precision="fp32", options=options, targets=targets,
+            flops=flops, bytes=size, precision="fp32", options=options,
         )  # fmt: skip
 
     found = []
@@ -645,13 +639,9 @@ def compile_cases() -> list[CompileCase]:
             backward = {**embeddings, **gradients, "taps_ptr": "*fp32", "partial_ptr": "*fp32"}
             name = f"{dim}_s{size}_{chain}_{dtype}"
             found += [
-                *(
-                    case(
-                        f"heuristic_forward_{name}", _heuristic_forward, forward,
-                        {**constants, **flags, "PDL": targets == ("sm_90",)}, warps,
-                        dtype=dtype, flops=4 * count, size=width * (5000 * dim + count), targets=targets,
-                    )
-                    for targets in (("sm_90",), ("sm_80", "sm_100", "gfx942"))
+                case(
+                    f"heuristic_forward_{name}", _heuristic_forward, forward, {**constants, **flags}, warps,
+                    dtype=dtype, flops=4 * count, size=width * (5000 * dim + count),
                 ),
                 case(
                     f"heuristic_backward_{name}", _heuristic_backward, backward, {**constants, **flags}, warps,

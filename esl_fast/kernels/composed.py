@@ -5,9 +5,9 @@ well. Composed, the maps are no longer sparse; but tensor cores multiply by them
 what the sparse ones select, level after level.
 
 Rounding the maps to bfloat16 moves a vector by some 2^-9 of its usual length, as rounding its units does. That is much
-where the vector is short, and among thousands of embeddings those of a few units sometimes are: such maps alone put
-single scores of 25,000 captions off by a tenth of the largest. What rounding takes from the maps to the smallest levels
-is therefore multiplied too, in 16 more columns. (float16 would not hold the maps: each level shrinks them.)
+where the vector is short, and among thousands of embeddings those of two units sometimes are: such maps alone put
+single scores of 25,000 captions off by a tenth of the largest. Columns that the tile has to spare multiply what
+rounding took from the maps to these levels. (float16 would not hold the maps: each level shrinks them.)
 
 Paper, n embeddings of d=512, s=2, L=8, bf16: 2 n d (U - d) FLOP; 1 KB read and 2 KB written an embedding. 25,000
 captions: 13.1 GFLOP, 17 us at 790 TFLOP/s, and 77 MB, 16 us at 4.8 TB/s, on an H200.
@@ -23,19 +23,18 @@ import triton.language as tl
 from torch import Tensor
 
 from esl_fast.kernels._common import INTERPRETING, cdiv, on_device_of, padded_rows
-from esl_fast.kernels._launch import launch, wait_for_previous
+from esl_fast.kernels._launch import launch
 from esl_fast.kernels._op import op
 from esl_fast.kernels.aggregate import EPS, check_chain
 from esl_fast.kernels.inspect import CompileCase
 from esl_fast.kernels.select import adaptive_dims, select, selection_dims
-from esl_fast.kernels.tile import descriptor, early, processors, quarters, target_of, tma_ready
+from esl_fast.kernels.tile import descriptor, halves, processors, target_of, tma_ready
 
 TARGETS = ("sm_90", "interpreted")  # measured on the one, tested on the other
 FROM = 2560  # embeddings; of fewer, what the maps select is gathered sooner than a tile is multiplied
 COLS = 256  # units of a tile: those of level 1, or those of all levels beyond
-WIDTHS = (128, 256, 512)  # of embeddings: level 1 fits a tile and ends with a box, where the other tile starts
-BOX = COLS // 4  # that are written at once
-SMALL = 16  # units of the levels that are multiplied more exactly, those of 8 units and fewer, and one more
+WIDTHS = (256, 512)  # of embeddings: level 1 fits a tile and ends with a box, where the other tile starts
+BOX = COLS // 2  # that are written at once
 ROWS, DEPTH, WARPS, STAGES = 128, 64, 8, 3
 
 
@@ -55,32 +54,36 @@ def _level_norm(parts, START: tl.constexpr, END: tl.constexpr):
 
 
 @triton.jit
-def _beside(left, right):
-    """Both one beside the other; the values stay in the registers they are in."""
-    return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (left.shape[0], 2 * left.shape[1]))
+def _with_rests(parts, END: tl.constexpr, RESTS: tl.constexpr):
+    """Add to the last ``RESTS`` columns before ``END``, which lie in one part, the last ones of all."""
+    BOX: tl.constexpr = parts[0].shape[1]
+    LAST: tl.constexpr = len(parts) - 1
+    HOME: tl.constexpr = (END - 1) // BOX
+    column = tl.arange(0, BOX)
+    home = parts[HOME]
+    for k in tl.static_range(RESTS):
+        rest = tl.sum(tl.where((column == BOX - RESTS + k)[None, :], parts[LAST], 0.0), 1)
+        home += tl.where((column == END - RESTS + k - HOME * BOX)[None, :], rest[:, None], 0.0)
+    if HOME == LAST:
+        return parts[0], home
+    else:
+        return home, parts[1]
 
 
 @triton.jit
 def _store_levels(
-    acc, rest, inverse, units, row, first, ENDS: tl.constexpr, SMALL_BOX: tl.constexpr, EPS: tl.constexpr
+    acc, inverse, units, row, first, ENDS: tl.constexpr, RESTS: tl.constexpr, EPS: tl.constexpr
 ):  # fmt: skip
     """Divide each level of a tile by its norm and write it to ``units``, from column ``first`` on.
 
-    Level k of the tile has the columns from ``ENDS[k]`` to ``ENDS[k + 1]``; zeros complete the last one's box.
-    ``rest (ROWS, SMALL)`` belongs to the last columns of the box ``SMALL_BOX``. ``inverse (ROWS,)`` is what the
-    embeddings are to be multiplied by.
+    Level k of the tile has the columns from ``ENDS[k]`` to ``ENDS[k + 1]``; zeros complete the last one's box. The
+    tile's last ``RESTS`` columns belong to the last units. ``inverse (ROWS,)`` is what the embeddings are to be
+    multiplied by.
     """
-    parts = quarters(acc)
+    parts = halves(acc)
     BOX: tl.constexpr = parts[0].shape[1]
-    if SMALL_BOX >= 0:
-        zeros = tl.zeros_like(rest)
-        rest = _beside(_beside(zeros, zeros), _beside(zeros, rest))
-        if SMALL_BOX == 0:
-            parts = (parts[0] + rest, parts[1], parts[2], parts[3])
-        elif SMALL_BOX == 1:
-            parts = (parts[0], parts[1] + rest, parts[2], parts[3])
-        else:
-            parts = (parts[0], parts[1], parts[2], parts[3] + rest)
+    if RESTS > 0:
+        parts = _with_rests(parts, ENDS[len(ENDS) - 1], RESTS)
     factors = (inverse,)
     for level in tl.static_range(len(ENDS) - 1):
         norm = _level_norm(parts, ENDS[level], ENDS[level + 1])
@@ -100,43 +103,38 @@ def _store_levels(
 
 @triton.jit(do_not_specialize=["n"])
 def _composed_kernel(
-    x, maps, rests, x_again, units, x_ptr, x_row, units_ptr, units_row, n,
-    DIM: tl.constexpr, FIRST: tl.constexpr, BEYOND: tl.constexpr, SMALL_BOX: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, SMALL: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
-    EPS: tl.constexpr, NORMALIZE: tl.constexpr, UPCAST: tl.constexpr, FLATTEN: tl.constexpr, PDL: tl.constexpr,
+    x, maps, x_again, units, x_ptr, x_row, units_ptr, units_row, n,
+    DIM: tl.constexpr, FIRST: tl.constexpr, BEYOND: tl.constexpr, RESTS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
+    EPS: tl.constexpr, NORMALIZE: tl.constexpr, UPCAST: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """Two tiles for every ``ROWS`` embeddings, of level 1 and of all levels beyond; each also writes half of level 0.
 
-    ``x``, ``maps``, ``rests`` (the last rows of the maps) and ``units`` are descriptors; embeddings and units come as
-    pointers as well. ``x_again`` is ``x``: what a dot and others read gets a buffer too few from Triton, which then
-    overwrites it under the dot (triton-lang/triton#6691).
+    ``x``, ``maps`` and ``units`` are descriptors; embeddings and units come as pointers as well. ``x_again`` is ``x``:
+    what a dot and others read gets a buffer too few from Triton, which then overwrites it under the dot
+    (triton-lang/triton#6691).
     """
-    wait_for_previous(PDL)
     for tile in tl.range(tl.program_id(0), 2 * tl.cdiv(n, ROWS), tl.num_programs(0), flatten=FLATTEN):
         row = tile // 2 * ROWS
         beyond = tile % 2
         acc = tl.zeros((ROWS, COLS), tl.float32)
-        rest = tl.zeros((ROWS, SMALL), tl.float32)
         squares = tl.zeros((ROWS,), tl.float32)
         # Stages named here are for what no dot reads as well.
         for k in tl.range(0, DIM, DEPTH, num_stages=STAGES):
             a = x.load([row, k])
             b = maps.load([beyond * COLS, k])
-            c = rests.load([2 * COLS, k])
             if NORMALIZE:
                 exact = x_again.load([row, k]).to(tl.float32)
                 squares += tl.sum(exact * exact, 1)
             if UPCAST:
                 a = a.to(tl.float32)
                 b = b.to(tl.float32)
-                c = c.to(tl.float32)
             acc = tl.dot(a, b.T, acc)
-            rest = tl.dot(a, c.T, rest)
         inverse = 1.0 / tl.sqrt_rn(squares) if NORMALIZE else tl.full((ROWS,), 1.0, tl.float32)
         if beyond == 0:
-            _store_levels(acc, rest, inverse, units, row, DIM, FIRST, -1, EPS)
+            _store_levels(acc, inverse, units, row, DIM, FIRST, 0, EPS)
         else:
-            _store_levels(acc, rest, inverse, units, row, DIM + FIRST[1], BEYOND, SMALL_BOX, EPS)
+            _store_levels(acc, inverse, units, row, DIM + FIRST[1], BEYOND, RESTS, EPS)
         # Not loaded sooner: there are no registers for it beside the accumulators.
         rows = row.to(tl.int64) + tl.arange(0, ROWS)
         column = beyond * (DIM // 2) + tl.arange(0, DIM // 2)
@@ -156,15 +154,17 @@ def serves(x: Tensor, weights: Sequence[Tensor]) -> bool:
         and tma_ready(x)
         and dims[0] in WIDTHS
         and all(after == before // 2 for before, after in pairwise(dims))
+        and sum(dims[2:]) + _rests(dims) <= COLS
     )
 
 
 @torch.no_grad()
 def compose(weights: Sequence[Tensor]) -> Tensor:
-    """``(2 * COLS + SMALL, d)`` bfloat16: the map to level 1, from row ``COLS`` on those to all levels beyond, and at
-    last what these lost of the smallest levels."""
+    """``(2 * COLS, d)`` bfloat16: the map to level 1, from row ``COLS`` on those to all levels beyond, and at the end
+    what rounding took from those to the smallest levels."""
     selection = select(weights)
-    rows, columns = selection_dims(adaptive_dims(weights))
+    dims = adaptive_dims(weights)
+    rows, columns = selection_dims(dims)
     sizes = [r * c for r, c in zip(rows, columns, strict=True)]
     levels: list[Tensor] = []
     for listed, values, r, c in zip(
@@ -173,20 +173,20 @@ def compose(weights: Sequence[Tensor]) -> Tensor:
         matrix = torch.zeros(r, c, dtype=torch.float64, device=values.device)
         matrix.scatter_(1, listed.view(c, r).mT.long(), values.view(c, r).mT.double())
         levels.append(matrix @ levels[-1] if levels else matrix)
-    maps = torch.zeros(2 * COLS + SMALL, columns[0], dtype=torch.bfloat16, device=selection.values.device)
+    maps = torch.zeros(2 * COLS, columns[0], dtype=torch.bfloat16, device=selection.values.device)
     maps[: rows[0]] = levels[0]
     if levels[1:]:
         beyond = torch.cat(levels[1:])
         maps[COLS : COLS + len(beyond)] = beyond
-        first = _small(columns[0])
-        lost = beyond[first : first + SMALL] - maps[COLS + first : COLS + len(beyond)]
-        maps[2 * COLS : 2 * COLS + len(lost)] = lost
+        rests = _rests(dims)
+        if rests:
+            maps[-rests:] = beyond[-rests:] - maps[COLS + len(beyond) - rests : COLS + len(beyond)]
     return maps
 
 
-def _small(dim: int) -> int:
-    """Where the levels of 8 units and fewer start, counted from level 2 on."""
-    return dim // 2 - SMALL
+def _rests(dims: tuple[int, ...]) -> int:
+    """How many units the levels have that are multiplied more exactly."""
+    return sum(dim for dim in dims[2:] if dim <= 2)
 
 
 @op("aggregate_composed")
@@ -205,12 +205,12 @@ def aggregate_composed(x: Tensor, maps: Tensor, dims: list[int], chain: str, nor
         launch(
             _composed_kernel, (min(processors(x.device), 2 * cdiv(n, ROWS)), 1, 1),
             (
-                rows, descriptor(maps, COLS, DEPTH), descriptor(maps, SMALL, DEPTH), rows,
-                descriptor(padded, ROWS, BOX), x, x.stride(0), units, units.stride(0), n,
+                rows, descriptor(maps, COLS, DEPTH), rows, descriptor(padded, ROWS, BOX),
+                x, x.stride(0), units, units.stride(0), n,
             ),
             {
                 **_constants(tuple(dims)), "EPS": eps, "NORMALIZE": normalize, "UPCAST": INTERPRETING,
-                "FLATTEN": not INTERPRETING, **early(x.device), "num_warps": WARPS, "num_stages": STAGES,
+                "FLATTEN": not INTERPRETING, "num_warps": WARPS, "num_stages": STAGES,
                 "enable_fp_fusion": True,
             },
         )  # fmt: skip
@@ -228,19 +228,19 @@ def _constants(dims: tuple[int, ...]) -> dict:
     return {
         "DIM": dims[0], "FIRST": (0, dims[1]),
         "BEYOND": (0, *accumulate(dims[2:])), "ROWS": ROWS, "COLS": COLS, "DEPTH": DEPTH, "STAGES": STAGES,
-        "SMALL": SMALL, "SMALL_BOX": _small(dims[0]) // BOX,
+        "RESTS": _rests(dims),
     }  # fmt: skip
 
 
 def compile_cases() -> list[CompileCase]:
     """25,000 embeddings, s=2."""
     found = []
-    for dim, levels in ((512, 8), (256, 8), (128, 1)):
+    for dim, levels in ((512, 8), (256, 8), (256, 1)):
         dims = tuple(dim >> level for level in range(levels + 1))
         width = sum(dims)
         signature = {
             "x": f"tensordesc<bf16[{ROWS}, {DEPTH}]>", "maps": f"tensordesc<bf16[{COLS}, {DEPTH}]>",
-            "rests": f"tensordesc<bf16[{SMALL}, {DEPTH}]>", "x_again": f"tensordesc<bf16[{ROWS}, {DEPTH}]>",
+            "x_again": f"tensordesc<bf16[{ROWS}, {DEPTH}]>",
             "units": f"tensordesc<bf16[{ROWS}, {BOX}]>",
             "x_ptr": "*bf16", "x_row": "i32", "units_ptr": "*bf16", "units_row": "i32", "n": "i32",
         }  # fmt: skip
@@ -249,7 +249,6 @@ def compile_cases() -> list[CompileCase]:
                 f"composed_{dim}_{levels}_levels", _composed_kernel, signature,
                 {
                     **_constants(dims), "EPS": EPS.value, "NORMALIZE": True, "UPCAST": False, "FLATTEN": True,
-                    "PDL": True,
                 },
                 WARPS, STAGES, ("x_ptr", "x_row", "units_ptr", "units_row"), wants_wgmma=True,
                 flops=2 * 25_000 * dim * (width - dim),

@@ -27,11 +27,11 @@ from esl_fast.kernels._common import (
     on_device_of,
     padded_rows,
 )
-from esl_fast.kernels._launch import launch, wait_for_previous
+from esl_fast.kernels._launch import launch
 from esl_fast.kernels._op import op
 from esl_fast.kernels.inspect import CompileCase
 from esl_fast.kernels.select import locate
-from esl_fast.kernels.tile import TMA_CONFIGS, early, exact_dot, target_of, tma_ready
+from esl_fast.kernels.tile import TMA_CONFIGS, exact_dot, target_of, tma_ready
 
 SIDES = ("text", "image")
 DESCRIPTORS_FROM = 512  # rows; making one takes the host longer than it saves a small batch
@@ -274,10 +274,9 @@ def _fold_forward(
     units, units_row, units_col, packed, scales_ptr, folded_ptr, folded_row, n,
     DIMS: tl.constexpr, WIDTH: tl.constexpr, BANDWIDTH: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of folded units; the tiles of the widest levels come first. Padding columns become 0."""
-    wait_for_previous(PDL)
     row_tiles = tl.cdiv(n, BLOCK_N)
     tile = tl.program_id(0) // row_tiles
     row = tl.program_id(0) % row_tiles * BLOCK_N
@@ -454,7 +453,7 @@ def _launch_fold(x: Tensor, packed: Tensor, dims: tuple[int, ...], scales: Tenso
             (units, *x.stride(), weights, scales, folded, folded.stride(0), n),
             {
                 "DIMS": dims, "WIDTH": width, "BANDWIDTH": bandwidth, **tiles, "DESCRIPTORS": descriptors,
-                "UPCAST": INTERPRETING, "PRECISION": _precision(x.device), **early(x.device),
+                "UPCAST": INTERPRETING, "PRECISION": _precision(x.device),
                 "num_warps": _fold_warps(x.dtype, warps, descriptors), "num_stages": stages, "enable_fp_fusion": True,
             },
         )  # fmt: skip
@@ -644,16 +643,14 @@ def compile_cases() -> list[CompileCase]:
         }  # fmt: skip
         aligned = tuple(k for k, v in signature.items() if k != "n" and not v.startswith("tensordesc"))
         size = dtype.itemsize
-        found += [
+        found.append(
             CompileCase(
-                f"fold_{name}", _fold_forward, signature,
-                {**common, **tiles, "BANDWIDTH": bandwidth, "units_col": 1, "PDL": target == "sm_90"},
+                f"fold_{name}", _fold_forward, signature, {**common, **tiles, "BANDWIDTH": bandwidth, "units_col": 1},
                 _fold_warps(dtype, warps, descriptors), stages, aligned,
                 wants_wgmma=precision != "ieee" or kind == "bf16", flops=2 * n * total,
-                bytes=size * (2 * n * width + total), precision=unit, targets=(target,), options=options,
+                bytes=size * (2 * n * width + total), precision=unit, targets=targets, options=options,
             )
-            for target in targets
-        ]  # fmt: skip
+        )  # fmt: skip
         bandwidth = _bandwidth(dims, back_tiles["BLOCK_C"], back_tiles["BLOCK_K"])[1]
         signature = {
             "left": operand(back_tiles["BLOCK_N"], back_tiles["BLOCK_C"]), "left_row": "i32",

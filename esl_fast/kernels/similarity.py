@@ -12,14 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from esl_fast.kernels._common import on_device_of, padded_rows, widened
-from esl_fast.kernels._launch import launch, wait_for_previous
+from esl_fast.kernels._launch import launch
 from esl_fast.kernels._op import op
 from esl_fast.kernels.inspect import CompileCase
 from esl_fast.kernels.tile import (
     GROUP,
     Plan,
     check_operands,
-    early,
     launch_options,
     make_plan,
     output,
@@ -34,9 +33,8 @@ from esl_fast.kernels.tile import (
 def _similarity_kernel(
     a, b, out, n, m, units, a_row, a_unit, b_row, b_unit, out_row,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, FLATTEN: tl.constexpr, PDL: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    wait_for_previous(PDL)
     row_blocks = tl.cdiv(n, ROWS)
     col_blocks = tl.cdiv(m, COLS)
     # Rows of `out` are padded, and the padding is written too: stores then need no narrow tail.
@@ -68,7 +66,7 @@ def write_similarity(plan: Plan, out: Tensor) -> None:
         _similarity_kernel,
         (programs, 1, 1),
         (*plan.operands, output(plan, out), *plan.sizes, out.stride(0)),
-        {"GROUP": GROUP, "FLATTEN": plan.flatten, **early(out.device), **plan.constants, **launch_options(plan.config)},
+        {"GROUP": GROUP, "FLATTEN": plan.flatten, **plan.constants, **launch_options(plan.config)},
     )
 
 

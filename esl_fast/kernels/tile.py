@@ -307,14 +307,6 @@ def tile_constants(
     }
 
 
-def early(device: torch.device) -> dict[str, bool]:
-    """PDL, and the launch option that goes with it: the kernel is launched while the last one before it still runs.
-
-    That takes a microsecond off what lies between two kernels. It was measured on sm_90 alone.
-    """
-    return {"PDL": True, "launch_pdl": True} if target_of(device) == "sm_90" else {"PDL": False}
-
-
 def exact_dot(target: str) -> str:
     """How float32 is multiplied as float32.
 
@@ -432,7 +424,6 @@ def tile_cases(
                             "b_unit": 1,
                             **tile_constants(config, precision, target, tma=tma),
                             **({"FLATTEN": tma} if "FLATTEN" in kernel.arg_names else {}),
-                            **({"PDL": target == "sm_90"} if "PDL" in kernel.arg_names else {}),
                             **({"SIGNS": target in UNSIGNED_NAN} if "SIGNS" in kernel.arg_names else {}),
                             **({"WARPS": warps_along_rows(config)} if "WARPS" in kernel.arg_names else {}),
                             **extra,
