@@ -1,9 +1,9 @@
 """Region-word similarity in PyTorch, block by block: the products of words and regions never lie in memory as a whole.
 
-Regions of a block of images are laid out region-major, `(R, n)`, and the real words of captions sorted by length one
-after another. Products of captions of one length are then `(k, W, R, n)`: no padding is multiplied, and the
-reductions over words and over regions both run over an outer axis with many contiguous columns inside. Backward forms
-each block of products anew.
+Regions stay as they lie, and the real words of captions sorted by length are laid one after another. Products of
+captions of one length are then `(k, W, n, R)`: no padding of words is multiplied, the reduction over words runs over an
+outer axis with many contiguous columns inside, and that over regions is a product with ones. Backward forms each block
+of products anew.
 """
 
 from typing import NamedTuple
@@ -15,24 +15,29 @@ from torch.nn.functional import leaky_relu_
 from esl_fast._autocast import without_autocast
 from esl_fast.reference.region_word import EPS, SLOPE
 
-# Regions copied at a time, words multiplied with them at a time, products reduced at a time (these fit the cache).
+# Regions and words multiplied at a time, products reduced at a time (these fit the cache).
 BLOCK_REGIONS = 3500
-BLOCK_WORDS = 768
+BLOCK_WORDS = 1536
 BLOCK_REDUCED = 300_000
 # Up to this inverse temperature no exponential of it overflows or vanishes: what it multiplies is in -1..1.
 MILD = 60.0
 
 
 class Segment(NamedTuple):
-    """Captions of one length, whose words are consecutive rows of a block."""
+    """So many captions of one length, whose words are consecutive rows of a block."""
 
-    rows: slice
-    captions: Tensor  # (k,) int64
+    captions: int
     length: int
+
+    @property
+    def rows(self) -> int:
+        return self.captions * self.length
 
 
 class WordBlock(NamedTuple):
-    captions: Tensor  # (T,) int64: the caption of each row
+    captions: Tensor  # (K,) int64
+    lengths: Tensor  # (K,) int64
+    owners: Tensor  # (T,) int64: the caption of each row
     positions: Tensor  # (T,) int64: its place in the caption
     segments: list[Segment]
 
@@ -40,27 +45,35 @@ class WordBlock(NamedTuple):
 def word_blocks(lengths: Tensor, regions: int) -> list[WordBlock]:
     """Cut captions, sorted by length, into blocks of nearly equal size, of about BLOCK_WORDS real words.
 
-    Each is in segments whose products with `regions` are BLOCK_REDUCED at most, or of one caption.
+    Each is in segments whose products with `regions` are about BLOCK_REDUCED, or of one caption.
     """
     device, lengths = lengths.device, lengths.cpu()
     order = lengths.argsort(stable=True)
     lengths = lengths[order]
     ends = lengths.cumsum(0)
     total = int(ends[-1]) if len(ends) else 0
-    captions = order.repeat_interleave(lengths).to(device)
+    owners = order.repeat_interleave(lengths).to(device)
     positions = (torch.arange(total) - (ends - lengths).repeat_interleave(lengths)).to(device)
     size = total / max(1, round(total / BLOCK_WORDS))
-    reduced = min(BLOCK_WORDS, BLOCK_REDUCED // max(regions, 1))
+    reduced = max(1, min(BLOCK_WORDS, BLOCK_REDUCED // max(regions, 1)))
     distinct, counts = torch.unique_consecutive(lengths, return_counts=True)
-    blocks, segments, start, stop = [], [], 0, 0
-    for length, same in zip(distinct.tolist(), order.to(device).split(counts.tolist()), strict=True):
-        for some in same.split(max(1, reduced // length)):
-            segments.append(Segment(slice(stop - start, stop - start + len(some) * length), some, length))
-            stop += len(some) * length
+    order, lengths = order.to(device), lengths.to(device)
+    blocks, segments, start, stop, first, last = [], [], 0, 0, 0, 0
+    for length, same in zip(distinct.tolist(), counts.tolist(), strict=True):
+        for some in even_parts(same, round(same * length / reduced)):
+            segments.append(Segment(some, length))
+            stop, last = stop + some * length, last + some
             if stop - start >= size or stop == total:
-                blocks.append(WordBlock(captions[start:stop], positions[start:stop], segments))
-                segments, start = [], stop
+                captions, rows = slice(first, last), slice(start, stop)
+                blocks.append(WordBlock(order[captions], lengths[captions], owners[rows], positions[rows], segments))
+                segments, start, first = [], stop, last
     return blocks
+
+
+def even_parts(total: int, parts: int) -> list[int]:
+    """Sizes of about so many parts, at least one and none of them empty."""
+    parts = min(max(parts, 1), total)
+    return [total * (i + 1) // parts - total * i // parts for i in range(parts)]
 
 
 def _take(units: Tensor, first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
@@ -78,92 +91,123 @@ def _take(units: Tensor, first: Tensor, second: Tensor, dtype: torch.dtype) -> T
 
 
 class ImageBlock:
-    """Some images' regions `units (R * n, U)`, region-major, with padding zeroed."""
+    """Some images' regions `units (n * R, U)`, with padding zeroed."""
 
     def __init__(self, region_units: Tensor, region_lengths: Tensor | None, images: slice, dtype: torch.dtype):
-        device = region_units.device
         self.images, self.n, self.regions = images, images.stop - images.start, region_units.shape[1]
-        first = torch.arange(images.start, images.stop, device=device).repeat(self.regions)
-        second = torch.arange(self.regions, device=device).repeat_interleave(self.n)
-        self.units = _take(region_units, first, second, dtype)
+        units = region_units[images]
         self.padding, self.count = None, self.regions
         if region_lengths is not None:
             lengths = region_lengths[images]
-            self.padding = torch.arange(self.regions, device=device)[:, None] >= lengths  # (R, n)
+            self.padding = torch.arange(self.regions, device=lengths.device) >= lengths[:, None]  # (n, R)
             self.count = lengths.to(dtype)  # (n,)
-            self.units.masked_fill_(self.padding.view(-1, 1), 0)
+            units = units.masked_fill(self.padding[..., None], 0)
+        self.units = units.to(dtype).flatten(0, 1)
+        self.ones = self.units.new_ones(self.regions)
 
-    def rows(self, block: Tensor, rows: slice, length: int) -> Tensor:
-        """Rows of `block (T, R * n)` as `(k, W, R, n)`."""
-        return block[rows].view(-1, length, self.regions, self.n)
+    def segments(self, products: Tensor, segments: list[Segment]) -> list[Tensor]:
+        """Cut `products (T, n * R)` into those of segments, `(k, W, n, R)`."""
+        parts = zip(products.split([segment.rows for segment in segments]), segments, strict=True)
+        return [part.view(*segment, self.n, self.regions) for part, segment in parts]
+
+    def sum_regions(self, x: Tensor) -> Tensor:
+        """Sums `(...)` of contiguous `x (..., R)`; over so few neighbours a product with ones is faster than `sum`."""
+        return torch.mv(x.view(-1, self.regions), self.ones).view(x.shape[:-1])
 
 
 class Reduction:
-    """Products `a (k, W, R, n)` to similarities `(k, n)`, in buffers that the next block overwrites."""
+    """Products of words and regions to similarities, in buffers that the next segment overwrites.
 
-    def __init__(self, images: ImageBlock, smooth: float, rows: int):
-        self.images, self.smooth = images, smooth
-        self.b, self.free = (images.units.new_empty(rows * images.units.shape[0]) for _ in range(2))
+    Views are made for all segments of a block at once: between operations on products each finds the caches cold.
+    """
 
-    def __call__(self, a: Tensor) -> Tensor:
-        b, free = self.b[: a.numel()].view(a.shape), self.free[: a.numel()].view(a.shape)
-        leaky_relu_(torch.tanh(a, out=b), SLOPE)
-        square = torch.mul(b, b, out=free)
-        over_words, over_regions = square.sum(1, keepdim=True).sqrt_(), square.sum(2, keepdim=True).sqrt_()
+    def __init__(self, images: ImageBlock, smooth: Tensor, blocks: list[WordBlock]):
+        self.images, self.smooth, self.eps = images, smooth, smooth.new_tensor(EPS)
+        self.mild = abs(float(smooth)) <= MILD
+        size = _segment_rows(blocks) * len(images.units)
+        self.b, self.free = images.units.new_empty(size), images.units.new_empty(size)
 
-        def attended(norm: Tensor, dim: int) -> Tensor:
-            """The mean of a over `dim`, weighted by attention."""
-            weights = torch.mul(b, norm.add_(EPS).reciprocal_().mul_(self.smooth), out=free)
-            if dim == 2 and self.images.padding is not None:
-                weights.masked_fill_(self.images.padding, -torch.inf)
-            if not abs(self.smooth) <= MILD:
-                weights.sub_(weights.amax(dim, keepdim=True))
-            total = weights.exp_().sum(dim)
-            return weights.mul_(a).sum(dim).div_(total)
+    def __call__(self, products: Tensor, block: WordBlock) -> Tensor:
+        """Similarities `(K, n)` of a block's `products (T, n * R)`."""
+        images, captions = self.images, len(block.captions)
+        words = products.new_empty(captions, images.n)
+        totals, sums = products.new_empty(2, captions, images.n, images.regions).unbind()
+        counts = [segment.captions for segment in block.segments]
+        results = zip(words.split(counts), totals.split(counts), sums.split(counts), strict=True)
+        for a, result in zip(images.segments(products, block.segments), results, strict=True):
+            self._attend(a, *result)
+        regions = images.sum_regions(sums.div_(totals)).div_(images.count)
+        return regions.add_(words.div_(block.lengths[:, None]))
 
-        to_regions = attended(over_words, 2).sum(1).div_(a.shape[1])
-        return to_regions.add_(attended(over_regions, 1).sum(1).div_(self.images.count))
+    def _attend(self, a: Tensor, words: Tensor, totals: Tensor, sums: Tensor) -> None:
+        """Of `a (k, W, n, R)`: the sum of words' attended `a (k, n)`; regions' weights and weighted `a (k, n, R)`."""
+        b = leaky_relu_(torch.tanh(a, out=self.b.resize_(a.shape)), SLOPE)
+        square = torch.mul(b, b, out=self.free.resize_(a.shape))
+        over_words = self._scale(square.sum(1, keepdim=True))
+        over_regions = self._scale(self.images.sum_regions(square))[..., None]
+
+        weights = torch.mul(b, over_words, out=self.free)
+        if self.images.padding is not None:
+            weights.masked_fill_(self.images.padding, -torch.inf)
+        word_totals = self.images.sum_regions(self._exp(weights, 3))
+        torch.sum(self.images.sum_regions(weights.mul_(a)).div_(word_totals), 1, out=words)
+
+        weights = self._exp(b.mul_(over_regions), 1)
+        torch.sum(weights, 1, out=totals)
+        torch.sum(weights.mul_(a), 1, out=sums)
+
+    def _scale(self, square: Tensor) -> Tensor:
+        """Smooth over the norm."""
+        return torch.div(self.smooth, square.sqrt_().add_(self.eps), out=square)
+
+    def _exp(self, logits: Tensor, dim: int) -> Tensor:
+        """Exponentials in place, up to a factor along `dim`."""
+        if not self.mild:
+            logits.sub_(logits.amax(dim, keepdim=True))
+        return logits.exp_()
 
 
 class Attention:
-    """Both attentions of products `a (k, W, R, n)`, in buffers that the next block overwrites."""
+    """Both attentions of products `a (k, W, n, R)`, in buffers that the next block overwrites."""
 
     def __init__(self, images: ImageBlock, rows: int):
         self.images = images
-        self.buffers = images.units.new_empty(4, rows, images.units.shape[0])
+        self.buffers = images.units.new_empty(4, rows * len(images.units))
 
     def __call__(self, a: Tensor, smooth: Tensor) -> None:
-        words = slice(a.shape[0] * a.shape[1])
         self.a = a
-        self.b, self.p, self.q, self.free = (self.images.rows(buffer, words, a.shape[1]) for buffer in self.buffers)
+        self.b, self.p, self.q, self.free = self.buffers[:, : a.numel()].view(4, *a.shape).unbind()
         leaky_relu_(torch.tanh(a, out=self.b), SLOPE)
         square = torch.mul(self.b, self.b, out=self.free)
-        self.word_norm = square.sum(1, keepdim=True).sqrt_()  # (k, 1, R, n): over the words
-        self.region_norm = square.sum(2, keepdim=True).sqrt_()  # (k, W, 1, n): over the regions
+        self.word_norm = square.sum(1, keepdim=True).sqrt_()  # (k, 1, n, R): over the words
+        self.region_norm = self._sum(square, 3).sqrt_()  # (k, W, n, 1): over the regions
         torch.mul(self.b, smooth / (self.word_norm + EPS), out=self.p)
         torch.mul(self.b, smooth / (self.region_norm + EPS), out=self.q)
         if self.images.padding is not None:
             self.p.masked_fill_(self.images.padding, -torch.inf)
-        torch.softmax(self.p, 2, out=self.p)
+        torch.softmax(self.p, 3, out=self.p)
         torch.softmax(self.q, 1, out=self.q)
+
+    def _sum(self, x: Tensor, dim: int) -> Tensor:
+        return self.images.sum_regions(x)[..., None] if dim == 3 else x.sum(dim, keepdim=True)
 
     def gradient(self, grad: Tensor, smooth: Tensor) -> Tensor:
         """Overwrite `a` by its gradient, given that of the similarity, `grad (k, n)`; returns that of smooth."""
         a, b, p, q, free = self.a, self.b, self.p, self.q, self.free
         if self.images.padding is not None:
             q.masked_fill_(self.images.padding, 0)
-        grad_word, grad_region = grad[:, None, None] / a.shape[1], grad[:, None, None] / self.images.count
+        grad_word, grad_region = (g[:, None, :, None] for g in (grad / a.shape[1], grad / self.images.count))
         through_mean = (p * grad_word).addcmul_(q, grad_region)
         # Through the softmaxes, to what they are taken of.
-        p.mul_(torch.sub(a, torch.mul(p, a, out=free).sum(2, keepdim=True), out=free)).mul_(grad_word)
-        q.mul_(torch.sub(a, torch.mul(q, a, out=free).sum(1, keepdim=True), out=free)).mul_(grad_region)
+        p.mul_(torch.sub(a, self._sum(torch.mul(p, a, out=free), 3), out=free)).mul_(grad_word)
+        q.mul_(torch.sub(a, self._sum(torch.mul(q, a, out=free), 1), out=free)).mul_(grad_region)
         grad_b, grad_smooth = torch.zeros_like(b), 0
-        for part, norm, dim in ((p, self.word_norm, 1), (q, self.region_norm, 2)):
+        for part, norm, dim in ((p, self.word_norm, 1), (q, self.region_norm, 3)):
             scale = 1 / (norm + EPS)
             # Of a lone word or region nothing but the epsilon's term must be left, though scale is large: hence b over
             # its very norm.
             unit = torch.div(b, torch.where(norm > 0, norm, 1), out=free)  # b is 0 where its norm is
-            dot = (part * unit).sum(dim, keepdim=True)
+            dot = self._sum(part * unit, dim)
             grad_smooth = grad_smooth + (dot * norm * scale).sum()
             grad_b.addcmul_(part.addcmul_(unit, dot, value=-1), scale).addcmul_(unit, dot * (EPS * scale * scale))
         # Through leaky_relu and tanh; tanh is b where positive and b / SLOPE elsewhere.
@@ -177,9 +221,13 @@ def _prepare(region_units: Tensor, word_units: Tensor, smooth: Tensor, word_leng
     compute = torch.promote_types(torch.promote_types(region_units.dtype, word_units.dtype), torch.float32)
     slices = image_slices(*region_units.shape[:2])
     blocks = word_blocks(word_lengths, max((s.stop - s.start for s in slices), default=0) * region_units.shape[1])
-    largest_product = max((len(block.captions) for block in blocks), default=0)
-    largest_segment = max((s.rows.stop - s.rows.start for block in blocks for s in block.segments), default=0)
-    return compute, smooth.to(compute), blocks, largest_product, largest_segment, slices
+    product_rows = max((len(block.owners) for block in blocks), default=0)
+    return compute, smooth.to(compute), blocks, product_rows, slices
+
+
+def _segment_rows(blocks: list[WordBlock]) -> int:
+    """Rows of the largest segment."""
+    return max((s.rows for block in blocks for s in block.segments), default=0)
 
 
 def image_slices(n: int, regions: int) -> list[slice]:
@@ -194,20 +242,17 @@ def image_slices(n: int, regions: int) -> list[slice]:
 def _forward(
     region_units: Tensor, word_units: Tensor, smooth: Tensor, word_lengths: Tensor, region_lengths: Tensor | None
 ) -> Tensor:
-    compute, smooth, blocks, product_rows, reduced_rows, slices = _prepare(
-        region_units, word_units, smooth, word_lengths
-    )
+    compute, smooth, blocks, product_rows, slices = _prepare(region_units, word_units, smooth, word_lengths)
     out = region_units.new_empty(region_units.shape[0], word_units.shape[0], dtype=compute)
 
     def score(images: ImageBlock) -> None:
         """Fill the rows of some images; in a function, so that nothing of them is kept while the next are copied."""
-        products = images.units.new_empty(product_rows, images.units.shape[0])
-        reduction = Reduction(images, float(smooth), reduced_rows)
+        products = images.units.new_empty(product_rows, len(images.units))
+        reduction = Reduction(images, smooth, blocks)
         for block in blocks:
-            a = products[: len(block.captions)]
-            torch.mm(_take(word_units, block.captions, block.positions, compute), images.units.mT, out=a)
-            for rows, captions, length in block.segments:
-                out[images.images, captions] = reduction(images.rows(a, rows, length)).mT
+            a = products[: len(block.owners)]
+            torch.mm(_take(word_units, block.owners, block.positions, compute), images.units.mT, out=a)
+            out[images.images, block.captions] = reduction(a, block).mT
 
     for images_slice in slices:
         score(ImageBlock(region_units, region_lengths, images_slice, compute))
@@ -233,31 +278,29 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to regions, words (empty where not wanted) and smooth."""
     smooth_dtype = smooth.dtype
-    compute, smooth, blocks, product_rows, reduced_rows, slices = _prepare(
-        region_units, word_units, smooth, word_lengths
-    )
+    compute, smooth, blocks, product_rows, slices = _prepare(region_units, word_units, smooth, word_lengths)
     (n, regions, width), (m, length, _) = region_units.shape, word_units.shape
     grad_regions = region_units.new_zeros((n, regions, width) if for_regions else 0)
     grad_words = word_units.new_zeros((m * length, width) if for_words else 0, dtype=compute)
     grad_smooth = smooth.new_zeros(())
     for images_slice in slices:
         images = ImageBlock(region_units, region_lengths, images_slice, compute)
-        products = images.units.new_empty(product_rows, images.units.shape[0])
-        attention = Attention(images, reduced_rows)
+        products = images.units.new_empty(product_rows, len(images.units))
+        attention = Attention(images, _segment_rows(blocks))
         block_regions = images.units.new_zeros(images.units.shape) if for_regions else None
         for block in blocks:
-            words = _take(word_units, block.captions, block.positions, compute)
+            words = _take(word_units, block.owners, block.positions, compute)
             a = torch.mm(words, images.units.mT, out=products[: len(words)])
-            for rows, captions, segment_length in block.segments:
-                attention(images.rows(a, rows, segment_length), smooth)
-                block_grad = grad[images.images, captions].to(compute).mT.contiguous()
-                grad_smooth += attention.gradient(block_grad, smooth)
+            captions = block.captions.split([segment.captions for segment in block.segments])
+            for part, some in zip(images.segments(a, block.segments), captions, strict=True):
+                attention(part, smooth)
+                grad_smooth += attention.gradient(grad[images.images, some].to(compute).mT.contiguous(), smooth)
             if for_regions:
                 block_regions.addmm_(a.mT, words)
             if for_words:
-                grad_words.index_add_(0, block.captions * length + block.positions, a @ images.units)
+                grad_words.index_add_(0, block.owners * length + block.positions, a @ images.units)
         if for_regions:
-            grad_regions[images.images] = block_regions.view(regions, -1, width).transpose(0, 1)
+            grad_regions[images.images] = block_regions.view(-1, regions, width)
     if for_words:
         grad_words = grad_words.view(m, length, width)
     return grad_regions, grad_words.to(word_units.dtype), grad_smooth.to(smooth_dtype)
