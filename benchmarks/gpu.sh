@@ -32,12 +32,18 @@ finish() { # NAME CODE
     [ "$2" = 0 ] || failed=1
 }
 
-# Nothing is timed yet, so the sanitizer runs beside the tests. Without torch's cache of memory, each tensor is an
-# allocation whose borders the sanitizer knows.
+# Nothing is timed yet, so the sanitizer runs beside the tests: on small benchmarks, and on tests of what serves large
+# batches only. Without torch's cache of memory, each tensor is an allocation whose borders the sanitizer knows.
+sanitize() { # NAME COMMAND...
+    local name=$1
+    shift
+    run "$name" 120 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 "$PYTHON" "$@"
+}
 if [ "${SANITIZE:-1}" = 1 ] && command -v compute-sanitizer >/dev/null; then
-    run sanitizer 85 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 \
-        "$PYTHON" -m benchmarks --device cuda --tiny --quick --cases bfloat16 --output "$OUT/tiny.json" &
+    sanitize sanitizer -m benchmarks --device cuda --tiny --quick --cases bfloat16 --output "$OUT/tiny.json" &
     sanitizer=$!
+    sanitize sanitizer-composed -m pytest tests/kernels/test_composed.py -q -o addopts= -k "units or zeros" &
+    sanitizer_composed=$!
 else
     verdicts+=("sanitizer: not run")
 fi
@@ -59,6 +65,8 @@ if [ -n "${sanitizer:-}" ]; then
     echo "=== sanitizer"
     wait "$sanitizer"
     finish sanitizer $?
+    wait "$sanitizer_composed"
+    finish sanitizer-composed $?
     rm -f "$OUT/tiny.json"
 fi
 if [ -n "${training:-}" ]; then
