@@ -5,9 +5,10 @@ well. Composed, the maps are no longer sparse; but tensor cores multiply by them
 what the sparse ones select, level after level.
 
 Rounding the maps to bfloat16 moves a vector by some 2^-9 of its usual length, as rounding its units does. That is much
-where the vector is short, and among thousands of embeddings those of two units sometimes are: such maps alone put
-single scores of 25,000 captions off by a tenth of the largest. Columns that the tile has to spare multiply what
-rounding took from the maps to these levels. (float16 would not hold the maps: each level shrinks them.)
+where the vector is short, and among thousands of embeddings those of two or four units sometimes are: such maps alone
+put single scores of 25,000 captions off by a tenth of the largest. Columns that the tile has to spare therefore
+multiply what rounding took from the map to the level of four units, and smaller levels are made of that one in float32.
+(float16 would not hold the maps: each level shrinks them.)
 
 Paper, n embeddings of d=512, s=2, L=8, bf16: 2 n d (U - d) FLOP; 1 KB read and 2 KB written an embedding. 25,000
 captions: 13.1 GFLOP, 17 us at 790 TFLOP/s, and 77 MB, 16 us at 4.8 TB/s, on an H200.
@@ -16,6 +17,7 @@ captions: 13.1 GFLOP, 17 us at 790 TFLOP/s, and 77 MB, 16 us at 4.8 TB/s, on an 
 from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 import triton
@@ -35,6 +37,7 @@ FROM = 2560  # embeddings; of fewer, what the maps select is gathered sooner tha
 COLS = 256  # units of a tile: those of level 1, or those of all levels beyond
 WIDTHS = (256, 512)  # of embeddings: level 1 fits a tile and ends with a box, where the other tile starts
 BOX = COLS // 2  # that are written at once
+RESTS = 4  # units of the level that is multiplied more exactly
 ROWS, DEPTH, WARPS, STAGES = 128, 64, 8, 3
 
 
@@ -54,16 +57,26 @@ def _level_norm(parts, START: tl.constexpr, END: tl.constexpr):
 
 
 @triton.jit
-def _with_rests(parts, END: tl.constexpr, RESTS: tl.constexpr):
-    """Add to the last ``RESTS`` columns before ``END``, which lie in one part, the last ones of all."""
+def _with_small(parts, small_ptr, END: tl.constexpr, RESTS: tl.constexpr, SMALLER: tl.constexpr):
+    """The level of ``RESTS`` units, whose columns end before ``END``, with the rests in the last columns added, and
+    after it the ``SMALLER`` units of levels beyond, by their maps ``(SMALLER, RESTS)``. All lie in one part."""
     BOX: tl.constexpr = parts[0].shape[1]
     LAST: tl.constexpr = len(parts) - 1
     HOME: tl.constexpr = (END - 1) // BOX
     column = tl.arange(0, BOX)
+    at = column + (HOME * BOX - END)
     home = parts[HOME]
+    units = ()
     for k in tl.static_range(RESTS):
-        rest = tl.sum(tl.where((column == BOX - RESTS + k)[None, :], parts[LAST], 0.0), 1)
-        home += tl.where((column == END - RESTS + k - HOME * BOX)[None, :], rest[:, None], 0.0)
+        unit = tl.sum(tl.where((at == k - RESTS)[None, :], parts[HOME], 0.0), 1)
+        unit += tl.sum(tl.where((column == BOX - RESTS + k)[None, :], parts[LAST], 0.0), 1)
+        home = tl.where((at == k - RESTS)[None, :], unit[:, None], home)
+        units = units + (unit,)
+    for j in tl.static_range(SMALLER):
+        smaller = tl.zeros_like(units[0])
+        for k in tl.static_range(RESTS):
+            smaller += units[k] * tl.load(small_ptr + j * RESTS + k)
+        home = tl.where((at == j)[None, :], smaller[:, None], home)
     if HOME == LAST:
         return parts[0], home
     else:
@@ -72,18 +85,18 @@ def _with_rests(parts, END: tl.constexpr, RESTS: tl.constexpr):
 
 @triton.jit
 def _store_levels(
-    acc, inverse, units, row, first, ENDS: tl.constexpr, RESTS: tl.constexpr, EPS: tl.constexpr
+    acc, inverse, units, row, first, small_ptr,
+    ENDS: tl.constexpr, RESTS: tl.constexpr, SMALLER: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     """Divide each level of a tile by its norm and write it to ``units``, from column ``first`` on.
 
-    Level k of the tile has the columns from ``ENDS[k]`` to ``ENDS[k + 1]``; zeros complete the last one's box. The
-    tile's last ``RESTS`` columns belong to the last units. ``inverse (ROWS,)`` is what the embeddings are to be
-    multiplied by.
+    Level k of the tile has the columns from ``ENDS[k]`` to ``ENDS[k + 1]``; zeros complete the last one's box.
+    ``inverse (ROWS,)`` is what the embeddings are to be multiplied by. The others as in :func:`_with_small`.
     """
     parts = halves(acc)
     BOX: tl.constexpr = parts[0].shape[1]
     if RESTS > 0:
-        parts = _with_rests(parts, ENDS[len(ENDS) - 1], RESTS)
+        parts = _with_small(parts, small_ptr, ENDS[len(ENDS) - 1] - SMALLER, RESTS, SMALLER)
     factors = (inverse,)
     for level in tl.static_range(len(ENDS) - 1):
         norm = _level_norm(parts, ENDS[level], ENDS[level + 1])
@@ -103,8 +116,8 @@ def _store_levels(
 
 @triton.jit(do_not_specialize=["n"])
 def _composed_kernel(
-    x, maps, x_again, units, x_ptr, x_row, units_ptr, units_row, n,
-    DIM: tl.constexpr, FIRST: tl.constexpr, BEYOND: tl.constexpr, RESTS: tl.constexpr,
+    x, maps, x_again, units, x_ptr, x_row, small_ptr, units_ptr, units_row, n,
+    DIM: tl.constexpr, FIRST: tl.constexpr, BEYOND: tl.constexpr, RESTS: tl.constexpr, SMALLER: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
     EPS: tl.constexpr, NORMALIZE: tl.constexpr, UPCAST: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
@@ -132,9 +145,9 @@ def _composed_kernel(
             acc = tl.dot(a, b.T, acc)
         inverse = 1.0 / tl.sqrt_rn(squares) if NORMALIZE else tl.full((ROWS,), 1.0, tl.float32)
         if beyond == 0:
-            _store_levels(acc, inverse, units, row, DIM, FIRST, 0, EPS)
+            _store_levels(acc, inverse, units, row, DIM, small_ptr, FIRST, 0, 0, EPS)
         else:
-            _store_levels(acc, inverse, units, row, DIM + FIRST[1], BEYOND, RESTS, EPS)
+            _store_levels(acc, inverse, units, row, DIM + FIRST[1], small_ptr, BEYOND, RESTS, SMALLER, EPS)
         # Not loaded sooner: there are no registers for it beside the accumulators.
         rows = row.to(tl.int64) + tl.arange(0, ROWS)
         column = beyond * (DIM // 2) + tl.arange(0, DIM // 2)
@@ -154,47 +167,50 @@ def serves(x: Tensor, weights: Sequence[Tensor]) -> bool:
         and tma_ready(x)
         and dims[0] in WIDTHS
         and all(after == before // 2 for before, after in pairwise(dims))
-        and sum(dims[2:]) + _rests(dims) <= COLS
     )
 
 
+class Maps(NamedTuple):
+    """Composed maps.
+
+    Attributes:
+        wide: ``(2 * COLS, d)`` bfloat16, to level 1 and, from row ``COLS`` on, to the levels beyond down to that of
+            four units; in the last rows what rounding took from the map to that one.
+        small: ``(units, 4)`` float32, from that level to the smaller ones.
+    """
+
+    wide: Tensor
+    small: Tensor
+
+
 @torch.no_grad()
-def compose(weights: Sequence[Tensor]) -> Tensor:
-    """``(2 * COLS, d)`` bfloat16: the map to level 1, from row ``COLS`` on those to all levels beyond, and at the end
-    what rounding took from those to the smallest levels."""
+def compose(weights: Sequence[Tensor]) -> Maps:
+    """Composed maps of the weights ``(d_l, d_{l-1})`` of levels 1..L."""
     selection = select(weights)
     dims = adaptive_dims(weights)
     rows, columns = selection_dims(dims)
     sizes = [r * c for r, c in zip(rows, columns, strict=True)]
-    levels: list[Tensor] = []
+    matrices = []
     for listed, values, r, c in zip(
         selection.columns.split(sizes), selection.values.split(sizes), rows, columns, strict=True
     ):
         matrix = torch.zeros(r, c, dtype=torch.float64, device=values.device)
-        matrix.scatter_(1, listed.view(c, r).mT.long(), values.view(c, r).mT.double())
-        levels.append(matrix @ levels[-1] if levels else matrix)
-    maps = torch.zeros(2 * COLS, columns[0], dtype=torch.bfloat16, device=selection.values.device)
-    maps[: rows[0]] = levels[0]
+        matrices.append(matrix.scatter_(1, listed.view(c, r).mT.long(), values.view(c, r).mT.double()))
+    large = sum(r >= RESTS for r in rows)
+    levels = list(accumulate(matrices[:large], lambda before, matrix: matrix @ before))
+    wide = torch.zeros(2 * COLS, columns[0], dtype=torch.bfloat16, device=selection.values.device)
+    wide[: rows[0]] = levels[0]
     if levels[1:]:
         beyond = torch.cat(levels[1:])
-        maps[COLS : COLS + len(beyond)] = beyond
-        rests = _rests(dims)
-        if rests:
-            maps[-rests:] = beyond[-rests:] - maps[COLS + len(beyond) - rests : COLS + len(beyond)]
-    return maps
-
-
-def _rests(dims: tuple[int, ...]) -> int:
-    """How many units the levels have that are multiplied more exactly."""
-    return sum(dim for dim in dims[2:] if dim <= 2)
+        wide[COLS : COLS + len(beyond)] = beyond
+        if rows[large - 1] == RESTS:
+            wide[-RESTS:] = beyond[-RESTS:] - wide[COLS + len(beyond) - RESTS : COLS + len(beyond)]
+    small = list(accumulate(matrices[large:], lambda before, matrix: matrix @ before))
+    return Maps(wide, torch.cat([wide.new_zeros(0, RESTS, dtype=torch.float32), *(s.float() for s in small)]))
 
 
 @op("aggregate_composed")
-def aggregate_composed(x: Tensor, maps: Tensor, dims: list[int], chain: str, normalize: bool) -> Tensor:
-    """Units ``(n, U)`` of embeddings ``x (n, d)``, bfloat16, by the ``maps`` that :func:`compose` made.
-
-    As :func:`esl_fast.kernels.aggregate.aggregate_adaptive`, but without a gradient; for what :func:`serves` allows.
-    """
+def _aggregate_composed(x: Tensor, wide: Tensor, small: Tensor, dims: list[int], chain: str, normalize: bool) -> Tensor:
     # Of units nothing is short beside the definition's epsilon; raw vectors are as short here as there.
     eps = EPS.value if check_chain(chain) else 1e-30
     n, width = x.shape[0], sum(dims)
@@ -205,8 +221,8 @@ def aggregate_composed(x: Tensor, maps: Tensor, dims: list[int], chain: str, nor
         launch(
             _composed_kernel, (min(processors(x.device), 2 * cdiv(n, ROWS)), 1, 1),
             (
-                rows, descriptor(maps, COLS, DEPTH), rows, descriptor(padded, ROWS, BOX),
-                x, x.stride(0), units, units.stride(0), n,
+                rows, descriptor(wide, COLS, DEPTH), rows, descriptor(padded, ROWS, BOX),
+                x, x.stride(0), small, units, units.stride(0), n,
             ),
             {
                 **_constants(tuple(dims)), "EPS": eps, "NORMALIZE": normalize, "UPCAST": INTERPRETING,
@@ -217,9 +233,17 @@ def aggregate_composed(x: Tensor, maps: Tensor, dims: list[int], chain: str, nor
     return units
 
 
-@aggregate_composed.register_fake
-def _(x: Tensor, maps: Tensor, dims: list[int], chain: str, normalize: bool) -> Tensor:
+@_aggregate_composed.register_fake
+def _(x: Tensor, wide: Tensor, small: Tensor, dims: list[int], chain: str, normalize: bool) -> Tensor:
     return padded_rows(x.shape[0], sum(dims), x.dtype, x.device)
+
+
+def aggregate_composed(x: Tensor, maps: Maps, dims: list[int], chain: str, normalize: bool) -> Tensor:
+    """Units ``(n, U)`` of embeddings ``x (n, d)``, bfloat16, by the ``maps`` that :func:`compose` made.
+
+    As :func:`esl_fast.kernels.aggregate.aggregate_adaptive`, but without a gradient; for what :func:`serves` allows.
+    """
+    return _aggregate_composed(x, *maps, dims, chain, normalize)
 
 
 @cache
@@ -228,7 +252,7 @@ def _constants(dims: tuple[int, ...]) -> dict:
     return {
         "DIM": dims[0], "FIRST": (0, dims[1]),
         "BEYOND": (0, *accumulate(dims[2:])), "ROWS": ROWS, "COLS": COLS, "DEPTH": DEPTH, "STAGES": STAGES,
-        "RESTS": _rests(dims),
+        "RESTS": RESTS if RESTS in dims[2:] else 0, "SMALLER": sum(dim for dim in dims[2:] if dim < RESTS),
     }  # fmt: skip
 
 
@@ -242,7 +266,8 @@ def compile_cases() -> list[CompileCase]:
             "x": f"tensordesc<bf16[{ROWS}, {DEPTH}]>", "maps": f"tensordesc<bf16[{COLS}, {DEPTH}]>",
             "x_again": f"tensordesc<bf16[{ROWS}, {DEPTH}]>",
             "units": f"tensordesc<bf16[{ROWS}, {BOX}]>",
-            "x_ptr": "*bf16", "x_row": "i32", "units_ptr": "*bf16", "units_row": "i32", "n": "i32",
+            "x_ptr": "*bf16", "x_row": "i32", "small_ptr": "*fp32",
+            "units_ptr": "*bf16", "units_row": "i32", "n": "i32",
         }  # fmt: skip
         found.append(
             CompileCase(
@@ -250,7 +275,7 @@ def compile_cases() -> list[CompileCase]:
                 {
                     **_constants(dims), "EPS": EPS.value, "NORMALIZE": True, "UPCAST": False, "FLATTEN": True,
                 },
-                WARPS, STAGES, ("x_ptr", "x_row", "units_ptr", "units_row"), wants_wgmma=True,
+                WARPS, STAGES, ("x_ptr", "x_row", "small_ptr", "units_ptr", "units_row"), wants_wgmma=True,
                 flops=2 * 25_000 * dim * (width - dim),
                 bytes=2 * 25_000 * (dim + width), targets=("sm_90",), options={"enable_fp_fusion": True},
             )

@@ -13,7 +13,7 @@ from esl_fast.reference import aggregate as reference
 from esl_fast.reference.aggregate import level_dims
 
 # The interpreter rounds to bfloat16 by cutting off.
-ROUNDING = 6e-3 if INTERPRETING else 3e-3
+ROUNDING = 6e-3 if INTERPRETING else 4e-3
 
 
 @pytest.fixture(autouse=True)
@@ -63,17 +63,17 @@ def test_units(n, dims, device):
         assert not rows[:, sum(dims) :].any()
 
 
-@pytest.mark.parametrize("chain", ["normalized", "raw"])
-def test_short_vectors_keep_their_direction(chain, device):
-    dims = level_dims(256, 2, 7)
+@pytest.mark.parametrize(("chain", "levels"), [("normalized", 7), ("raw", 7), ("raw", 6)])
+def test_short_vectors_keep_their_direction(chain, levels, device):
+    dims = level_dims(256, 2, levels)
     x, weights = make(32, dims, device)
     to_last = torch.linalg.multi_dot([reference.select_top2(w.double()) for w in reversed(weights)])
     # What the last level would be is taken away, as far as bfloat16 can.
     for _ in range(4):
         gone = torch.linalg.lstsq(to_last, to_last @ x.double().mT).solution.mT
         x = (x.double() - 0.999 * gone).to(x.dtype)
-    wanted = defined(x, weights, chain=chain)[:, -2:]
-    units = composed.aggregate_composed(x, composed.compose(weights), dims, chain, True)[:, -2:]
+    wanted = defined(x, weights, chain=chain)[:, -dims[-1] :]
+    units = composed.aggregate_composed(x, composed.compose(weights), dims, chain, True)[:, -dims[-1] :]
     assert error(units, wanted) <= 2 * ROUNDING
 
 
