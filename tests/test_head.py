@@ -548,3 +548,36 @@ def test_heads_by_name():
     assert make_head("esl-adaptive", 27, kernel_size=3, num_levels=2).dims == [27, 9, 3]
     with pytest.raises(ValueError, match="'esl-heuristic', 'esl-adaptive', 'cosine'"):
         make_head("esl", 64)
+
+
+@pytest.mark.parametrize("aggregator", ["heuristic", "adaptive"])
+def test_a_step_that_no_version_shows_is_seen(aggregator, monkeypatch):
+    monkeypatch.setattr(torch, "equal", lambda *pair: True)  # as on a GPU, where values are not compared
+    head = ESLHead(16, 2, 3, aggregator).eval()
+    images, texts = torch.randn(3, 16), torch.randn(5, 16)
+    with torch.no_grad():
+        before = head(images, texts)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=0.1, fused=True)
+    head(images, texts).sum().backward()
+    optimizer.step()
+    fresh = ESLHead(16, 2, 3, aggregator).eval()
+    fresh.load_state_dict(head.state_dict())
+    with torch.no_grad():
+        after, expected = head(images, texts), fresh(images, texts)
+    assert (after - before).abs().max() > 1e-3
+    torch.testing.assert_close(after, expected)
+
+
+@pytest.mark.parametrize("aggregator", ["heuristic", "adaptive"])
+def test_ensembles_by_vmap(aggregator):
+    heads = [ESLHead(16, 2, 3, aggregator).eval() for _ in range(3)]
+    images, texts = torch.randn(3, 16), torch.randn(5, 16)
+    parameters, buffers = torch.func.stack_module_state(heads)
+
+    def score(parameters, buffers):
+        return torch.func.functional_call(heads[0], (parameters, buffers), (images, texts))
+
+    with torch.no_grad():
+        found = torch.vmap(score)(parameters, buffers)
+        expected = torch.stack([head(images, texts) for head in heads])
+    torch.testing.assert_close(found, expected)

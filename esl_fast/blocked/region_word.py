@@ -246,7 +246,7 @@ def _forward(
     out = region_units.new_empty(region_units.shape[0], word_units.shape[0], dtype=compute)
 
     def score(images: ImageBlock) -> None:
-        """Fill the rows of some images; in a function, so that nothing of them is kept while the next are copied."""
+        """Fill the rows of some images; in a function, so that nothing of them is kept while the next are made."""
         products = images.units.new_empty(product_rows, len(images.units))
         reduction = Reduction(images, smooth, blocks)
         for block in blocks:
@@ -336,7 +336,7 @@ def region_word_similarity(
 ) -> Tensor:
     """As :func:`esl_fast.reference.region_word.region_word_similarity`, in at least float32; `smooth` is 0-d.
 
-    Beyond inputs, output and gradients it needs about 45 MB (36 regions, 1,022 units) however many images and
+    Beyond inputs, output and gradients it needs some 45 to 65 MB (36 regions, 1,022 units) however many images and
     captions there are.
     """
     return _forward(region_units, word_units, smooth, word_lengths, region_lengths)

@@ -121,8 +121,8 @@ class ESLHead(LevelHead, Head):
 
     def sides(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
         image, text, contribution = self.image, self.text, self.contribution
-        # Without gradients there is no graph to keep small, but what the parts keep of their weights.
-        observed = not (Aggregator.is_plain(image) and Aggregator.is_plain(text))
+        observed = not (Aggregator.is_plain(image) and Aggregator.is_plain(text) and type(contribution) is Contribution)
+        # One step keeps autograd's graph small. Without one the parts do better: they keep what they make of weights.
         if type(self) is not ESLHead or observed or not torch.is_grad_enabled():
             return super().sides(image_features, text_features)
         degrees = contribution.w, contribution.temp_scale_1, contribution.temp_scale_2
@@ -132,6 +132,10 @@ class ESLHead(LevelHead, Head):
             image_features, text_features, self.embed_dim, parameters, self._shapes
         ):
             return super().sides(image_features, text_features)
+        if not any(tensor.requires_grad for tensor in (image_features, text_features, *parameters)):
+            return super().sides(image_features, text_features)
+        for part in (image, text, contribution):
+            part.forget()
         (image_weights, _), (text_weights, _) = image.levels(), text.levels()
         return ops.sides(
             image_features,

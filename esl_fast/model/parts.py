@@ -55,11 +55,19 @@ class Keeper(nn.Module):
 
     @property
     def cache(self) -> ops.WeightsCache | None:
-        """None while training: every step changes the weights, and a cache would only hold on to memory."""
-        return None if self.training or torch.compiler.is_compiling() else self._kept
+        """None where weights may be about to change, or are not what they seem."""
+        if self.training or torch.compiler.is_compiling() or ops.checks.in_transform():
+            return None
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in self.parameters()):
+            self.forget()  # the step of a fused optimizer, which may follow, would not show
+            return None
+        return self._kept
+
+    def forget(self) -> None:
+        self._kept.clear()
 
     def train(self, mode: bool = True) -> Self:
-        self._kept.clear()
+        self.forget()
         return super().train(mode)
 
 
@@ -111,9 +119,10 @@ class HeuristicAggregator(Aggregator):
 
     def levels(self) -> tuple[Tensor, None]:
         # A filter is the sum over its channels.
-        if self.cache is None or torch.is_grad_enabled():
+        cache = self.cache
+        if cache is None or torch.is_grad_enabled():
             return self.weight.sum(1), None
-        return self.cache.get("taps", (self.weight,), lambda weights: weights[0].sum(1)), None
+        return cache.get("taps", (self.weight,), lambda weights: weights[0].sum(1)), None
 
 
 class AdaptiveAggregator(Aggregator):
@@ -154,9 +163,10 @@ class Contribution(Keeper):
     def scales(self) -> Tensor:
         """``(L+1,)`` degree of each level over the number of levels: what multiplies D_k in the similarity."""
         weights = self.w, self.temp_scale_1, self.temp_scale_2
-        if self.cache is None or torch.is_grad_enabled():
+        cache = self.cache
+        if cache is None or torch.is_grad_enabled():
             return ops.degrees(*weights, mean=True)
-        return self.cache.get("scales", weights, lambda given: ops.degrees(*given, mean=True))
+        return cache.get("scales", weights, lambda given: ops.degrees(*given, mean=True))
 
     def fold(self, units: Tensor, side: str, levels: Sequence[int] | None = None) -> Tensor:
         """Fold ``units`` of some levels (default: all), in the order of ``levels``."""
@@ -208,7 +218,7 @@ class LevelHead(nn.Module):
 
     layout: ClassVar[official.Layout]
     normalize: ClassVar[bool]  # whether embeddings are divided by their norm first
-    _shapes: list[torch.Size] | None = None  # of all parameters; heads pickled by earlier versions have none
+    _shapes: list[torch.Size]  # of all parameters
 
     def __init__(
         self, embed_dim: int, kernel_size: int = 2, num_levels: int = 8, aggregator: str = "heuristic"

@@ -1,5 +1,6 @@
 """Measure-units of embeddings."""
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,10 +16,11 @@ CHAINS = ("normalized", "raw")
 
 
 class WeightsCache:
-    """Keeps what was made of weights, one thing a kind, until one of them changes in place.
+    """Keeps what was made of weights, one thing a kind, until one of them is replaced or changes in place.
 
-    A change shows in the weight's version. One that goes around it (``weight.data``) is seen on a CPU, where the values
-    are compared as well; on a GPU that would need a synchronisation, and :meth:`clear` is the caller's.
+    A change shows in the weight's version. One that does not (``weight.data``, a fused optimizer, a replayed CUDA
+    graph) is seen on a CPU, where the values are compared as well; on a GPU that would need a synchronisation, and
+    :meth:`clear` is the caller's.
     """
 
     def __init__(self) -> None:
@@ -38,11 +40,13 @@ class WeightsCache:
             return (make_once or make)(weights)  # at replay, from the weights of that time
         key = [(w.data_ptr(), w._version, w.dtype) for w in weights]
         name = kind, len(weights)
-        found, values, made = self._kept.get(name, (None, (), None))
-        if key != found or not all(torch.equal(w, v) for w, v in zip(weights, values, strict=False)):
+        known, found, values, made = self._kept.get(name, ((), None, (), None))
+        # An address may serve another tensor later: identity says that it is this one.
+        same = key == found and all(ref() is w for ref, w in zip(known, weights, strict=True))
+        if not same or not all(torch.equal(w, v) for w, v in zip(weights, values, strict=False)):
             values = [w.detach().clone() for w in weights if w.device.type == "cpu"]
             made = make(weights)
-            self._kept[name] = key, values, made
+            self._kept[name] = [weakref.ref(w) for w in weights], key, values, made
         return made
 
 
@@ -63,10 +67,11 @@ def aggregate(
             whose rows are normalised and keep their two largest entries.
         chain: what the next level reads, ``"normalized"`` units (image side) or ``"raw"`` vectors (text side).
         normalize: divide ``x`` by its norm first (global variant).
-        cache: keeps what is made of unchanging adaptive weights between calls.
+        cache: keeps what is made of unchanging adaptive weights between calls; with it large bfloat16 batches may be
+            multiplied by composed maps on a GPU, which rounds differently (:mod:`esl_fast.kernels.composed`).
 
     Returns:
-        ``(..., U)`` with ``U = sum_l d_l``, in the dtype of ``x``; computed in float32 or float64.
+        ``(..., U)`` with ``U = sum_l d_l``, in the dtype of ``x``; summed in float32 or float64.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device, or (CPU) a non-finite embedding.

@@ -12,7 +12,7 @@ Weights = Tensor | Sequence[Tensor]
 
 
 def in_one_step(
-    images: Tensor, texts: Tensor, width: int, parameters: Sequence[Tensor], shapes: list[torch.Size] | None
+    images: Tensor, texts: Tensor, width: int, parameters: Sequence[Tensor], shapes: list[torch.Size]
 ) -> bool:
     """Whether :func:`sides` serves: eager calls of the kernels, and nothing amiss.
 

