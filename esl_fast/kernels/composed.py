@@ -119,8 +119,7 @@ def _composed_kernel(
     x, maps, x_again, units, x_ptr, x_row, small_ptr, units_ptr, units_row, n,
     DIM: tl.constexpr, FIRST: tl.constexpr, BEYOND: tl.constexpr, RESTS: tl.constexpr, SMALLER: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
-    FIRST_EPS: tl.constexpr, EPS: tl.constexpr,
-    NORMALIZE: tl.constexpr, UPCAST: tl.constexpr, FLATTEN: tl.constexpr,
+    BEYOND_EPS: tl.constexpr, NORMALIZE: tl.constexpr, UPCAST: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """Two tiles for every ``ROWS`` embeddings, of level 1 and of all levels beyond; each also writes half of level 0.
 
@@ -146,9 +145,9 @@ def _composed_kernel(
             acc = tl.dot(a, b.T, acc)
         inverse = 1.0 / tl.sqrt_rn(squares) if NORMALIZE else tl.full((ROWS,), 1.0, tl.float32)
         if beyond == 0:
-            _store_levels(acc, inverse, units, row, DIM, small_ptr, FIRST, 0, 0, FIRST_EPS)
+            _store_levels(acc, inverse, units, row, DIM, small_ptr, FIRST, 0, 0, EPS)
         else:
-            _store_levels(acc, inverse, units, row, DIM + FIRST[1], small_ptr, BEYOND, RESTS, SMALLER, EPS)
+            _store_levels(acc, inverse, units, row, DIM + FIRST[1], small_ptr, BEYOND, RESTS, SMALLER, BEYOND_EPS)
         # Not loaded sooner: there are no registers for it beside the accumulators.
         rows = row.to(tl.int64) + tl.arange(0, ROWS)
         column = beyond * (DIM // 2) + tl.arange(0, DIM // 2)
@@ -226,10 +225,8 @@ def _aggregate_composed(x: Tensor, wide: Tensor, small: Tensor, dims: list[int],
                 x, x.stride(0), small, units, units.stride(0), n,
             ),
             {
-                **_constants(tuple(dims)), "FIRST_EPS": EPS.value, "EPS": eps,
-                "NORMALIZE": normalize, "UPCAST": INTERPRETING,
-                "FLATTEN": not INTERPRETING, "num_warps": WARPS, "num_stages": STAGES,
-                "enable_fp_fusion": True,
+                **_constants(tuple(dims)), "BEYOND_EPS": eps, "NORMALIZE": normalize, "UPCAST": INTERPRETING,
+                "FLATTEN": not INTERPRETING, "num_warps": WARPS, "num_stages": STAGES, "enable_fp_fusion": True,
             },
         )  # fmt: skip
     return units
@@ -275,7 +272,7 @@ def compile_cases() -> list[CompileCase]:
             CompileCase(
                 f"composed_{dim}_{levels}_levels", _composed_kernel, signature,
                 {
-                    **_constants(dims), "FIRST_EPS": EPS.value, "EPS": EPS.value,
+                    **_constants(dims), "BEYOND_EPS": EPS.value,
                     "NORMALIZE": True, "UPCAST": False, "FLATTEN": True,
                 },
                 WARPS, STAGES, ("x_ptr", "x_row", "small_ptr", "units_ptr", "units_row"), wants_wgmma=True,

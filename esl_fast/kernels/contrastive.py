@@ -621,8 +621,8 @@ def _write(product: Tensor, factor: Tensor, out: Tensor) -> None:
 
     Into what lies between its rows too, where there is a product for it: whole vectors are written sooner.
     """
-    if widened(out).shape == product.shape:
-        out = widened(out)
+    whole = widened(out)
+    out = whole if whole.shape == product.shape else out
     n, width = out.shape
     block = min(1024, next_power_of_2(width))
     launch(

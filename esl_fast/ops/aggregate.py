@@ -163,5 +163,5 @@ def _aggregate_kernels(
         # Composing takes longer than it saves a single call.
         maps = cache.get("composed", weights, composed.compose, lambda _: None)
         if maps is not None:
-            return composed.aggregate_composed(rows, maps, list(adaptive_dims(weights)), *options.values())
+            return composed.aggregate_composed(rows, maps, list(adaptive_dims(weights)), **options)
     return kernel.aggregate_adaptive(rows, weights, cache.get("selection", weights, select), **options)
