@@ -39,6 +39,14 @@ def test_ranks_of_a_matrix_follow_the_definition():
         assert torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.int64], ids=str)
+def test_ranks_of_a_matrix_of_any_type(dtype):
+    scores = np.random.default_rng(0).integers(0, 3000, (40, 3000)).astype(dtype)  # ranks that float16 cannot count
+    owners = torch.arange(3000) % 40
+    expected = retrieval_ranks(torch.from_numpy(scores).double(), owners)
+    assert all(map(torch.equal, ranks_from_similarity(scores, owners), expected))
+
+
 def test_a_constant_matrix_scores_nothing():
     image_ranks, text_ranks = ranks_from_similarity(np.zeros((20, 100)), np.repeat(np.arange(20), 5))
     assert (image_ranks == 99).all()

@@ -322,6 +322,20 @@ def test_equal_scores_count_against_the_model():
     assert (ranks[1] == 10).all()
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.usefixtures("blocks")
+def test_scores_that_are_not_finite_do_not_pass_for_good(bad):
+    images, texts, owners = torch.randn(11, 6), torch.randn(33, 6), torch.arange(33) % 11
+    images[4, 2] = bad
+    image_ranks, text_ranks = blocked.ranks.retrieval_ranks(images, texts, owners)
+    hit = owners == 4
+    assert image_ranks[4] == 32
+    assert (text_ranks[hit] == 10).all()
+    expected = reference.ranks.retrieval_ranks((images @ texts.T).nan_to_num(torch.inf, torch.inf, -torch.inf), owners)
+    assert torch.equal(image_ranks[torch.arange(11) != 4], expected[0][torch.arange(11) != 4])
+    assert torch.equal(text_ranks[~hit], expected[1][~hit])
+
+
 @pytest.mark.parametrize("images", [0, 3])
 def test_ranks_of_nothing(images):
     ranks = esl_fast.retrieval_ranks(torch.ones(images, 4), torch.ones(0, 4), torch.zeros(0, dtype=torch.int64))
@@ -411,6 +425,36 @@ def test_autocast_changes_nothing():
             gradients = torch.autograd.grad(loss, leaves)
             found.append((*ops.retrieval_ranks(images, texts, owners), *ops.topk(images, texts, 7), loss, *gradients))
     assert all(map(torch.equal, *found))
+
+
+CONTRASTIVE = {
+    "diagonal": (23, 23, None, "positive"),
+    "one pair": (1, 1, None, "positive"),
+    "negative": (23, 23, 5, "negative"),
+    "positive": (23, 37, 30, "positive"),  # some have none
+    "ignore": (23, 23, 5, "ignore"),
+    "ignore everything": (40, 40, 1, "ignore"),  # a block of rows may hold nothing that counts for a text
+}
+
+
+@pytest.mark.parametrize("case", CONTRASTIVE.values(), ids=CONTRASTIVE)
+@pytest.mark.parametrize("elements", [1, 1 << 21], ids=["16 rows", "one block"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
+def test_contrastive_loss(monkeypatch, case, elements, dtype, tolerance):
+    monkeypatch.setattr(blocked.contrastive, "BLOCK_ELEMENTS", elements)
+    n, m, owners, same_owner = case
+    ids = [torch.arange(k) * 7 % owners for k in (n, m)] if owners else (None, None)
+    leaves = [torch.randn(n, 9), torch.randn(m, 9), torch.tensor(3.0)]
+
+    def run(loss, dtype):
+        given = [leaf.to(dtype).requires_grad_() for leaf in leaves]
+        value = loss(*given)
+        return value, *torch.autograd.grad(value * 3, given)
+
+    found = run(lambda *x: ops.contrastive_loss(*x, image_ids=ids[0], text_ids=ids[1], same_owner=same_owner), dtype)
+    expected = run(lambda a, b, scale: reference.contrastive.contrastive_loss(a @ b.mT, scale, *ids, same_owner), torch.float64)
+    for actual, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, wanted.to(dtype), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(

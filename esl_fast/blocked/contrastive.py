@@ -37,7 +37,9 @@ class ContrastiveLoss(torch.autograd.Function):
             row_max = logits.amax(1, keepdim=True)
             row_lse[rows] = torch.sub(logits, row_max, out=buffer).exp_().sum(1).log_().add_(row_max[:, 0])
             new_max = torch.maximum(column_max, logits.amax(0))
-            column_sum.mul_(torch.exp(column_max - new_max)).add_(torch.sub(logits, new_max, out=buffer).exp_().sum(0))
+            # Of a text whose scores are left out so far, exp(-inf) is 0, not NaN.
+            shift = torch.where(new_max == -torch.inf, 0, new_max)
+            column_sum.mul_(torch.exp(column_max - shift)).add_(torch.sub(logits, shift, out=buffer).exp_().sum(0))
             column_max = new_max
         column_lse = column_sum.log_().add_(column_max)
         loss = images.new_zeros(())

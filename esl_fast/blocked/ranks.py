@@ -46,6 +46,39 @@ def by_owner(owners: Tensor, n: int) -> ByOwner:
     return ByOwner(order, owners[order], counts, starts, in_order)
 
 
+class RankCounter:
+    """Ranks both ways of N images and M captions from tiles of their scores.
+
+    A rank is the number of other items that do not score below the right one: NaN and ties count against the model. A
+    right answer whose score is not finite ranks last.
+    """
+
+    def __init__(self, n: int, m: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.positive = torch.full((m,), -torch.inf, dtype=dtype, device=device)
+        self.best = torch.full((n,), -torch.inf, dtype=dtype, device=device)
+        # Right answers do not score below themselves.
+        self.image_ranks = torch.full((n,), m - 1, dtype=torch.int64, device=device)
+        self.text_ranks = torch.full((m,), n - 1, dtype=torch.int64, device=device)
+
+    def set_bars(self, images: slice, captions: slice, scores: Tensor, rows: Tensor) -> None:
+        """Take what is to be reached from a tile; ``rows`` are its captions' images, which have no others."""
+        own = scores[rows, torch.arange(len(rows), device=rows.device)]
+        self.positive[captions] = torch.where(own.isfinite(), own, -torch.inf)
+        self.best[images] = self.best[images].scatter_reduce(0, rows, self.positive[captions], "amax")
+
+    def count(self, images: slice, captions: slice, scores: Tensor) -> None:
+        # Counted in floating point, exact below 2**24 and vectorised, which sums of booleans are not.
+        below = torch.empty_like(scores)
+        torch.lt(scores, self.best[images, None], out=below)
+        self.image_ranks[images] -= below.sum(1).long()
+        torch.lt(scores, self.positive[captions], out=below)
+        self.text_ranks[captions] -= below.sum(0).long()
+
+    def ranks(self, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Image-to-text ``(N,)`` and text-to-image ``(M,)``; an image without captions (``counts (N,)``) ranks M."""
+        return torch.where(counts > 0, self.image_ranks, len(self.text_ranks)), self.text_ranks
+
+
 def retrieval_ranks(image_units: Tensor, folded_text_units: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`esl_fast.reference.ranks.retrieval_ranks` of their product; an image without captions ranks M.
 
@@ -56,37 +89,24 @@ def retrieval_ranks(image_units: Tensor, folded_text_units: Tensor, owners: Tens
     n, m = image_units.shape[0], folded_text_units.shape[0]
     order, sorted_owners, counts, starts, in_order = by_owner(owners, n)
     texts = folded_text_units if in_order else folded_text_units[order]
-    blocks = owner_blocks(counts.tolist())
+    blocks = [(slice(*block), slice(starts[block[0]], starts[block[1]])) for block in owner_blocks(counts.tolist())]
     compute = torch.promote_types(image_units.dtype, torch.float32)
+    counter = RankCounter(n, m, compute, image_units.device)
 
-    def tile(row: tuple[int, int], column: tuple[int, int]) -> Tensor:
-        captions = slice(starts[column[0]], starts[column[1]])
-        return image_units[slice(*row)].to(compute) @ texts[captions].to(compute).mT
+    def tile(images: slice, captions: slice) -> Tensor:
+        return image_units[images].to(compute) @ texts[captions].to(compute).mT
 
-    positive = image_units.new_empty(m, dtype=compute)  # (M,) in sorted order
-    best = image_units.new_full((n,), -torch.inf, dtype=compute)  # (N,)
     kept, budget = {}, KEPT_BYTES
-    for block in blocks:
-        scores = tile(block, block)
-        first, last = starts[block[0]], starts[block[1]]
-        rows = sorted_owners[first:last] - block[0]
-        positive[first:last] = scores[rows, torch.arange(last - first, device=rows.device)]
-        best[slice(*block)].scatter_reduce_(0, rows, positive[first:last], "amax")
+    for images, captions in blocks:
+        scores = tile(images, captions)
+        counter.set_bars(images, captions, scores, sorted_owners[captions] - images.start)
         budget -= scores.nbytes
         if budget >= 0:
-            kept[block] = scores
+            kept[images.start] = scores
 
-    image_ranks = torch.zeros(n, dtype=torch.int64, device=owners.device)
-    text_ranks = torch.zeros(m, dtype=torch.int64, device=owners.device)
-    for row in blocks:
-        for column in blocks:
-            scores = kept[row] if row == column and row in kept else tile(row, column)
-            # Counted in floating point, exact below 2**24 and vectorised, which sums of booleans are not.
-            reached = torch.empty_like(scores)
-            captions = slice(starts[column[0]], starts[column[1]])
-            torch.ge(scores, best[slice(*row), None], out=reached)
-            image_ranks[slice(*row)] += reached.sum(1).long()
-            torch.ge(scores, positive[captions], out=reached)
-            text_ranks[captions] += reached.sum(0).long()
-    image_ranks = torch.where(counts > 0, image_ranks - 1, m)
-    return image_ranks, torch.empty_like(text_ranks).scatter_(0, order, text_ranks - 1)
+    for images, own in blocks:
+        for _, captions in blocks:
+            scores = kept.get(images.start) if captions == own else None
+            counter.count(images, captions, tile(images, captions) if scores is None else scores)
+    image_ranks, text_ranks = counter.ranks(counts)
+    return image_ranks, torch.empty_like(text_ranks).scatter_(0, order, text_ranks)

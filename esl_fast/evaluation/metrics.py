@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from esl_fast.blocked.ranks import RankCounter
+
 CUTOFFS = (1, 5, 10)
 # Similarities compared at a time when ranking a matrix.
 BLOCK_ELEMENTS = 1 << 24
@@ -61,13 +63,12 @@ def ranks_from_similarity(similarity: Tensor | np.ndarray, owners: Tensor | np.n
     bad = (~torch.isfinite(similarity)).any(1).nonzero().flatten().tolist()
     if bad:
         raise ValueError(f"similarity has non-finite scores in {len(bad)} of {n} rows: {', '.join(map(str, bad[:10]))}")
-    positive = similarity[owners, torch.arange(m, device=device)]
-    best = similarity.new_full((n,), -torch.inf).scatter_reduce(0, owners, positive, "amax")
-    image_ranks, text_ranks = (torch.zeros(k, dtype=torch.int64, device=device) for k in (n, m))
+    compute = torch.promote_types(similarity.dtype, torch.float32)  # ranks are counted in it
+    counter = RankCounter(n, m, compute, device)
+    captions = slice(0, m)
+    counter.set_bars(slice(0, n), captions, similarity, owners)
     block = max(1, BLOCK_ELEMENTS // max(m, 1))
     for start in range(0, n, block):
-        rows = similarity[start : start + block]
-        image_ranks[start : start + block] = (rows >= best[start : start + block, None]).sum(1) - 1
-        text_ranks += (rows >= positive).sum(0)
-    owned = torch.bincount(owners, minlength=n) > 0
-    return torch.where(owned, image_ranks, m), text_ranks - 1
+        images = slice(start, min(start + block, n))
+        counter.count(images, captions, similarity[images].to(compute))
+    return counter.ranks(torch.bincount(owners, minlength=n))

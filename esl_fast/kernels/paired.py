@@ -20,28 +20,31 @@ from esl_fast.kernels.tile import Plan, dot_precision, launch_options, row_produ
 PAIRS = 64
 
 
-@triton.jit(do_not_specialize=["pairs", "units"])
+@triton.jit(do_not_specialize=["images", "pairs", "units"])
 def _paired_kernel(
-    a, b, owners, scores, best, ranks, factor, lowest, pairs, units, a_row, a_unit, b_row, b_unit,
+    a, b, owners, scores, best, ranks, factor, lowest, images, pairs, units, a_row, a_unit, b_row, b_unit,
     PAIRS: tl.constexpr, DEPTH: tl.constexpr, OWNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """With ``OWNED``, scores that are not finite become -inf, ``best`` takes each image's highest, and its rank gets to
-    ``pairs - 1``; else ``lowest`` takes the lowest score times ``factor``."""
+    """With ``OWNED``, scores that are not finite become -inf, as do those with owners that are none of ``images``;
+    ``best`` takes each image's highest, and its rank gets to ``pairs - 1``; else ``lowest`` takes the lowest score times
+    ``factor``."""
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     live = pair < pairs
     image = pair
+    known = live
     if OWNED:
         image = tl.load(owners + pair, mask=live, other=0).to(tl.int64)
-    x_row = a + tl.where(live, image, 0)[:, None] * a_row
+        known = live & (image >= 0) & (image < images)
+    x_row = a + tl.where(known, image, 0)[:, None] * a_row
     y_row = b + tl.where(live, pair, 0)[:, None] * b_row
     acc = tl.zeros((PAIRS, PAIRS), tl.float32)
     acc = row_product(acc, x_row, y_row, units, a_unit, b_unit, DEPTH, PRECISION, UPCAST)
     index = tl.arange(0, PAIRS)
     own = tl.sum(tl.where(index[:, None] == index[None, :], acc, 0.0), 0)
     if OWNED:
-        own = tl.where(tl.abs(own) < float("inf"), own, float("-inf"))
-        tl.atomic_max(best + image, own, mask=live, sem="relaxed")
-        tl.store(ranks + image, pairs.to(tl.int64) - 1 + image * 0, mask=live)
+        own = tl.where(known & (tl.abs(own) < float("inf")), own, float("-inf"))
+        tl.atomic_max(best + image, own, mask=known, sem="relaxed")
+        tl.store(ranks + image, pairs.to(tl.int64) - 1 + image * 0, mask=known)
     else:
         least = tl.min(tl.where(live, own * tl.load(factor).to(tl.float32), float("inf")), 0)
         tl.atomic_min(lowest + index * 0, least + index * 0.0, mask=index == 0, sem="relaxed")
@@ -63,7 +66,7 @@ def score_owned(plan: Plan, owners: Tensor, scores: Tensor, best: Tensor, ranks:
     """Write the score of each text with its image ``owners (M,)`` to ``scores``, and the best of each image that has
     texts to ``best``, which holds -inf; that image's place in ``ranks`` becomes M - 1.
 
-    A score that is not finite becomes -inf.
+    A score that is not finite becomes -inf, as does that of an owner which is no image.
     """
     _launch(plan, owners, scores, best, ranks, None, None)
 
@@ -81,14 +84,14 @@ def _launch(
     pairs = min(n, m) if owners is None else m
     constants = {key: plan.constants[key] for key in ("DEPTH", "PRECISION", "UPCAST")}
     _paired_kernel[(cdiv(pairs, PAIRS),)](
-        *plan.tensors, owners, scores, best, ranks, factor, lowest, pairs, units, *strides,
+        *plan.tensors, owners, scores, best, ranks, factor, lowest, n, pairs, units, *strides,
         PAIRS=PAIRS, OWNED=owners is not None, **constants, **launch_options(plan.config) | {"num_warps": 4},
     )  # fmt: skip
 
 
 def compile_cases() -> list[CompileCase]:
     pairs, units = 25_000, 1_022  # COCO 5K
-    sizes = dict.fromkeys(("pairs", "units", "a_row", "b_row"), "i32")
+    sizes = dict.fromkeys(("images", "pairs", "units", "a_row", "b_row"), "i32")
     names = ("owners", "best", "ranks", "factor", "lowest")
     owned = {"owners": "*i64", "best": "*fp32", "ranks": "*i64"}
     diagonal = {"factor": "*fp32", "lowest": "*fp32"}

@@ -132,7 +132,7 @@ def retrieval_ranks(image_units: Tensor, folded_text_units: Tensor, owners: Tens
     ``image_units (N, U)`` and ``folded_text_units (M, U)`` of one dtype (float32, bfloat16 or float16, any strides),
     compared in float32; ``owners (M,)`` integer image indices below N, in any order (sorted is fastest).
     An image without captions ranks M. NaN counts as reaching what it is compared with, and an item whose own positive
-    is not finite ranks last (M - 1 or N - 1): what is broken does not pass for good.
+    is not finite, or whose owner is no image, ranks last (M - 1 or N - 1): what is broken does not pass for good.
     Raises ValueError for other shapes or dtypes.
     """
     check_operands(image_units, folded_text_units)

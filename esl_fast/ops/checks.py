@@ -60,7 +60,7 @@ def finite_sequences(name: str, x: Tensor, lengths: Tensor | None, *, wait: bool
 
 
 def owners_of(owners: Tensor, images: int, captions: int) -> None:
-    """``owners (M,)`` integer, one image index a caption."""
+    """``owners (M,)`` integer, one image index a caption; on a GPU their range is left to :func:`owners_within`."""
     if not isinstance(owners, Tensor):
         raise TypeError(f"owners is a {type(owners).__name__}; expected an integer torch.Tensor")
     if owners.is_floating_point() or owners.dtype == torch.bool or owners.shape != (captions,):
@@ -68,7 +68,13 @@ def owners_of(owners: Tensor, images: int, captions: int) -> None:
             f"owners has shape {tuple(owners.shape)} and dtype {owners.dtype}; expected ({captions},) integers, "
             "the image index of each caption"
         )
-    if owners.device.type == "cpu" and captions and not (int(owners.min()) >= 0 and int(owners.max()) < images):
+    if owners.device.type == "cpu":
+        owners_within(owners, images)
+
+
+def owners_within(owners: Tensor, images: int) -> None:
+    """Every owner is one of ``images``; waits for a GPU."""
+    if len(owners) and not (int(owners.min()) >= 0 and int(owners.max()) < images):
         given = f"{int(owners.min())}..{int(owners.max())}"
         raise ValueError(f"owners holds {given}; expected image indices 0..{images - 1}")
 

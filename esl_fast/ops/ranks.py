@@ -28,7 +28,8 @@ def retrieval_ranks(image_units: Tensor, folded_text_units: Tensor, owners: Tens
     Raises:
         TypeError, ValueError: wrong types, shapes or owners, or (CPU) non-finite units, naming the rows. On a GPU,
             where looking would mean waiting, NaN counts as reaching whatever it is compared with, and an item whose
-            right answer has a score that is not finite ranks last: what is broken does not pass for good.
+            right answer has a score that is not finite, or an owner that is no image, ranks last: what is broken does
+            not pass for good.
     """
     checks.matrix("image_units", image_units)
     checks.matrix("folded_text_units", folded_text_units, image_units.shape[1])
@@ -41,4 +42,5 @@ def retrieval_ranks(image_units: Tensor, folded_text_units: Tensor, owners: Tens
 
         common = torch.promote_types(image_units.dtype, folded_text_units.dtype)
         return kernel.retrieval_ranks(image_units.to(common), folded_text_units.to(common), owners.long())
+    checks.owners_within(owners, image_units.shape[0])  # it waits anyway
     return blocked.ranks.retrieval_ranks(image_units, folded_text_units, owners.long())

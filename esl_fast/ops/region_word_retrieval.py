@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from esl_fast._autocast import without_autocast
-from esl_fast.blocked.ranks import by_owner, owner_blocks
+from esl_fast.blocked.ranks import RankCounter, by_owner, owner_blocks
 from esl_fast.blocked.region_word_pairs import candidate_scores
 from esl_fast.blocked.topk import stable_topk
 from esl_fast.ops import checks
@@ -52,48 +52,33 @@ def region_word_ranks(
     n, m = region_units.shape[0], word_units.shape[0]
     checks.owners_of(owners, n, m)
     checks.same_device(region_units=region_units, owners=owners)
+    checks.owners_within(owners, n)
     checks.finite_sequences("region_units", region_units, region_lengths)
     checks.finite_sequences("word_units", word_units, word_lengths)
     order, sorted_owners, counts, starts, in_order = by_owner(owners.long(), n)
     captions = CaptionBlocks(word_units, word_lengths, region_units.device, None if in_order else order)
     # Every caption lies in the diagonal tile of its image.
-    blocks = [
-        (slice(*block), slice(starts[block[0]], starts[block[1]]))
-        for block in owner_blocks(counts.tolist())
-        if starts[block[0]] < starts[block[1]]
-    ]
-    uncaptioned = [slice(*block) for block in owner_blocks(counts.tolist()) if starts[block[0]] == starts[block[1]]]
-
-    compute = torch.promote_types(region_units.dtype, torch.float32)
-    positive = region_units.new_full((m,), -torch.inf, dtype=compute)  # in sorted order
-    best = region_units.new_full((n,), -torch.inf, dtype=compute)
-    image_ranks = torch.zeros(n, dtype=torch.int64, device=owners.device)
-    text_ranks = torch.zeros(m, dtype=torch.int64, device=owners.device)
+    blocks = [(slice(*block), slice(starts[block[0]], starts[block[1]])) for block in owner_blocks(counts.tolist())]
+    owning = [(images, texts) for images, texts in blocks if texts.start < texts.stop]
+    counter = RankCounter(n, m, torch.promote_types(region_units.dtype, torch.float32), region_units.device)
 
     def tile(images: slice, texts: slice) -> Tensor:
         some = None if region_lengths is None else region_lengths[images]
         return captions.scores(region_units[images], texts, smooth, some)
 
-    def count(images: slice, texts: slice, scores: Tensor) -> None:
-        scores.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        image_ranks[images] += (scores >= best[images, None]).sum(1)
-        text_ranks[texts] += (scores >= positive[texts]).sum(0)
-
     # Each tile is computed once and each positive counted as it was read: a score to beat is never compared with
     # another rounding of itself.
-    for images, texts in blocks:
+    for images, texts in owning:
         scores = tile(images, texts)
-        rows = sorted_owners[texts] - images.start
-        own = scores[rows, torch.arange(len(rows), device=rows.device)]
-        positive[texts] = torch.where(own.isfinite(), own, -torch.inf)
-        best[images] = best[images].scatter_reduce(0, rows, positive[texts], "amax")
-        count(images, texts, scores)
-    for images in [images for images, _ in blocks] + uncaptioned:
-        for owning, texts in blocks:
-            if owning != images:
-                count(images, texts, tile(images, texts))
-    image_ranks = torch.where(counts > 0, image_ranks - 1, m)
-    return image_ranks, torch.empty_like(text_ranks).scatter_(0, order, text_ranks - 1)
+        counter.set_bars(images, texts, scores, sorted_owners[texts] - images.start)
+        counter.count(images, texts, scores)
+    # Images of one block in a row, those without captions last: nothing but their captions' ranks waits for them.
+    for images, own in blocks:
+        for _, texts in owning:
+            if texts != own:
+                counter.count(images, texts, tile(images, texts))
+    image_ranks, text_ranks = counter.ranks(counts)
+    return image_ranks, torch.empty_like(text_ranks).scatter_(0, order, text_ranks)
 
 
 @torch.no_grad()

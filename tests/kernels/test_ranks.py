@@ -86,6 +86,20 @@ def test_everything_nan_ranks_last(device):
     assert (text == 32).all()
 
 
+@pytest.mark.parametrize("owner", [-1, 40, 2**40])
+def test_an_owner_that_is_no_image_is_never_reached(owner, device):
+    a, b, owners = units(40, 9, device), units(130, 9, device, 1), owners_of(130, 40, device)
+    expected = reference(a @ b.mT, owners)
+    broken = owners.clone()
+    broken[7] = owner
+    image, text = retrieval_ranks(a, b, broken)
+    assert text[7] == 39
+    rest = torch.arange(130, device=device) != 7
+    assert torch.equal(text[rest], expected[1][rest])
+    others = torch.arange(40, device=device) != owners[7]
+    assert torch.equal(image[others], expected[0][others])
+
+
 def test_strides(device):
     a, b, owners = units(80, 20, device)[::2, ::2], units(10, 130, device, 1).mT, owners_of(260, 40, device)[::2]
     assert all(map(torch.equal, retrieval_ranks(a, b, owners), reference(a @ b.mT, owners)))
