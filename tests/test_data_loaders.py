@@ -403,6 +403,11 @@ def test_region_errors(tmp_path):
         load_dataset("regions", tmp_path)
     with pytest.warns(UserWarning, match="line 4"):
         assert len(load_dataset("regions", tmp_path, on_error="skip").val.captions) == 9
+    captions.write_text(lines.replace("dev Caption 9\n", "\n"))
+    with pytest.raises(DataError, match=r"dev_caps.txt: line 10: the caption is empty"):
+        load_dataset("regions", tmp_path)
+    captions.write_text("\ufeff" + lines + "\n \n")
+    assert load_dataset("regions", tmp_path).val.captions[0] == "dev caption 0"
     captions.write_text((tmp_path / "test_caps.txt").read_text())
     with pytest.raises(DataError, match=r"dev_caps.txt and test_caps.txt are the same"):
         load_dataset("regions", tmp_path)

@@ -1,5 +1,6 @@
 """The ESL head against golden files, the definition in float64, and everything a caller may hand it."""
 
+import contextlib
 import copy
 import shutil
 import subprocess
@@ -17,6 +18,8 @@ from helpers import (
     random_head,
     relative_error,
 )
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 
 from esl_fast import ESLHead, blocked, reference, similarity
 from esl_fast.model import SIMILARITIES, CosineHead, Head, make_head, official
@@ -317,9 +320,13 @@ def test_official_weights_are_copies():
 
 
 BROKEN = {
-    "no head": (lambda w: w.clear(), "masks_0.weight"),
-    "no levels": (lambda w: [w.pop(key) for key in list(w) if "calculator_1.masks_" in key], "masks_0.weight"),
-    "one level": (lambda w: [w.pop(k) for k in list(w) if "calculator_1.masks_" in k and "_0." not in k], "aggregat"),
+    "no head": (lambda w: w.clear(), "not an ESL head"),
+    "no matrices": (lambda w: [w.pop(key) for key in list(w) if "calculator_1.masks_" in key], "masks_0.weight"),
+    "one matrix": (lambda w: [w.pop(k) for k in list(w) if "calculator_1.masks_" in k and "_0." not in k], "masks_1"),
+    "other sizes": (lambda w: w.update({k: v[1:, 1:] for k, v in w.items() if "1.masks_2." in k}), "kernel size|taps"),
+    "scalars": (lambda w: w.update({k: v.sum() for k, v in w.items() if "1.masks_2." in k}), "masks_2"),
+    "integers": (lambda w: w.update({k: v.int() for k, v in w.items() if "1.masks_2." in k}), "masks_2.*int32"),
+    "no tensors": (lambda w: w.update({k: 1 for k in w if "1.masks_2." in k}), "no tensor .*masks_2"),
     "missing": (lambda w: w.pop(next(k for k in w if "text_levels" in k)), "text_levels"),
     "too few degrees": (lambda w: w.update({k: v[:, 1:] for k, v in w.items() if "sim_eval" in k}), "sim_eval"),
     "not square": (lambda w: w.update({k: v[:, 1:] for k, v in w.items() if "1.masks_1." in k}), "masks_1"),
@@ -334,6 +341,20 @@ def test_broken_official_weights(aggregator, damage, named):
     damage(weights)
     with pytest.raises(ValueError, match=named):
         ESLHead.from_official(weights)
+
+
+@pytest.mark.parametrize("given", [None, [], torch.zeros(3)], ids=str)
+def test_weights_are_a_state_dict(given):
+    with pytest.raises(TypeError, match="a state dict; given a"):
+        ESLHead.from_official(given)
+
+
+@either
+def test_official_weights_of_no_level(aggregator):
+    head, x = ESLHead(16, num_levels=0, aggregator=aggregator), torch.randn(3, 16)
+    again = ESLHead.from_official({"epoch": 3, "state_dict": head.to_official()})
+    assert again.num_levels == 0
+    torch.testing.assert_close(again(x, x), head(x, x))
 
 
 # Bad input
@@ -566,6 +587,123 @@ def test_a_step_that_no_version_shows_is_seen(aggregator, monkeypatch):
         after, expected = head(images, texts), fresh(images, texts)
     assert (after - before).abs().max() > 1e-3
     torch.testing.assert_close(after, expected)
+
+
+def training_in_evaluation_mode(head, optimizer, images, texts):
+    head(images, texts).sum().backward()
+    with torch.no_grad():
+        head(images, texts)
+    optimizer.step()
+
+
+def training_by_function(head, optimizer, images, texts):
+    names = dict(head.named_parameters())
+    gradients = torch.func.grad(lambda p: torch.func.functional_call(head, p, (images, texts)).sum())(names)
+    for name, parameter in names.items():
+        parameter.grad = gradients[name].detach().contiguous()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("train", [training_in_evaluation_mode, training_by_function])
+@pytest.mark.parametrize("aggregator", ["heuristic", "adaptive"])
+def test_steps_between_evaluations_are_seen(aggregator, train, monkeypatch):
+    monkeypatch.setattr(torch, "equal", lambda *pair: True)  # as on a GPU, where values are not compared
+    head = ESLHead(16, 2, 3, aggregator).eval()
+    images, texts = torch.randn(3, 16), torch.randn(5, 16)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=0.1, fused=True)
+    for _ in range(2):
+        with torch.no_grad():
+            head(images, texts)
+        train(head, optimizer, images, texts)
+    fresh = ESLHead(16, 2, 3, aggregator).eval()
+    fresh.load_state_dict(head.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(head(images, texts), fresh(images, texts))
+
+
+def test_a_compiled_optimizer_is_not_recompiled():
+    head = ESLHead(16, 2, 3)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=0.1)
+    head(torch.randn(3, 16), torch.randn(5, 16)).sum().backward()
+    step = torch.compile(lambda: optimizer.step(), backend="eager")
+    step()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        step()
+        step()
+
+
+@either
+def test_dtypes_and_back(aggregator, monkeypatch):
+    monkeypatch.setattr(torch, "equal", lambda *pair: True)
+    head, x = random_head(aggregator), torch.randn(5, 64)
+    with torch.no_grad():
+        head(x, x)
+        head.bfloat16().float()
+        assert relative_error(head(x, x), exact(head).similarity(x.double(), x.double())) <= 1e-6
+
+
+@either
+def test_fake_tensors_are_not_kept(aggregator):
+    head, x = random_head(aggregator), torch.randn(5, 64)
+    with torch.no_grad():
+        expected = head(x, x)
+        head.train().eval()
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert head(x, x).shape == (5, 5)
+        assert torch.equal(head(x, x), expected)
+
+
+@either
+@pytest.mark.parametrize("frozen", [False, True])
+def test_forward_mode_differentiation(aggregator, frozen):
+    head = random_head(aggregator).requires_grad_(not frozen)
+    x, y, direction = torch.randn(5, 64), torch.randn(7, 64), torch.randn(5, 64)
+    _, expected = torch.func.jvp(lambda x: head(x, y), (x,), (direction,))
+    with forward_ad.dual_level(), contextlib.nullcontext() if not frozen else torch.no_grad():
+        found = forward_ad.unpack_dual(head(forward_ad.make_dual(x, direction), y)).tangent
+    torch.testing.assert_close(found, expected)
+
+
+@either
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.01), (torch.float16, 0.002)], ids=str)
+def test_heads_of_half_precision(aggregator, dtype, tolerance):
+    head, x, y = random_head(aggregator).to(dtype), torch.randn(5, 64), torch.randn(9, 64)
+    with torch.no_grad():
+        head.contribution.w.copy_(torch.linspace(0.4, 0.1, len(head.dims)))
+        # beside the rounding of units and, heuristic, of the taps' sum
+        assert relative_error(head(x, y), exact(head).similarity(x.double(), y.double())) <= tolerance
+
+
+# What is put in the way of a head's parts
+
+
+class Tripled(ESLHead):
+    def text_units(self, y):
+        return super().text_units(y) * 3
+
+
+class Wrapper(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, levels=None):
+        return 3 * self.inner(x, levels)
+
+
+@pytest.mark.parametrize("grad", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("how", ["subclass", "hook", "wrapper"])
+def test_what_replaces_or_observes_a_part_is_called(how, grad):
+    head, x, y = random_head("heuristic"), torch.randn(5, 64), torch.randn(9, 64)
+    with grad():
+        expected = 3 * head(x, y)
+        if how == "subclass":
+            head = Tripled.from_official(head.to_official()).eval()
+        elif how == "hook":
+            head.text.register_forward_hook(lambda module, args, units: 3 * units)
+        else:
+            head.text = Wrapper(head.text)
+        torch.testing.assert_close(head(x, y), expected)
 
 
 @pytest.mark.parametrize("aggregator", ["heuristic", "adaptive"])

@@ -452,7 +452,8 @@ def test_contrastive_loss(monkeypatch, case, elements, dtype, tolerance):
         return value, *torch.autograd.grad(value * 3, given)
 
     found = run(lambda *x: ops.contrastive_loss(*x, image_ids=ids[0], text_ids=ids[1], same_owner=same_owner), dtype)
-    expected = run(lambda a, b, scale: reference.contrastive.contrastive_loss(a @ b.mT, scale, *ids, same_owner), torch.float64)
+    definition = reference.contrastive.contrastive_loss
+    expected = run(lambda a, b, scale: definition(a @ b.mT, scale, *ids, same_owner), torch.float64)
     for actual, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(actual, wanted.to(dtype), rtol=tolerance, atol=tolerance)
 

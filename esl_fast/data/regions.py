@@ -41,7 +41,7 @@ def load_regions(
     sizes = {array.path.name: array.feature_dim for array in arrays.values()}
     if len(set(sizes.values())) > 1:
         raise DataError(f"{root}: the feature sizes of the splits differ: {sizes}")
-    lines = {split: _read_lines(root / f"{prefix}_caps.txt") for split, prefix in files.items()}
+    lines = {split: _read_lines(root / f"{prefix}_caps.txt", CAPTIONS_PER_IMAGE) for split, prefix in files.items()}
     if "val" in files and lines["val"] == lines.get("test"):
         raise DataError(f"{root}: dev_caps.txt and {files['test']}_caps.txt are the same; val and test must differ")
     records = []
@@ -105,12 +105,13 @@ def _read_ids(path: Path, prefix: str, images: int) -> list[str]:
     return ids
 
 
-def _read_lines(path: Path) -> list[str]:
+def _read_lines(path: Path, group: int = 1) -> list[str]:
+    """Lines without blank ones at the end, but for such as complete a group that has others."""
     try:
         # not splitlines(): it also breaks at characters that may stand inside a caption
-        lines = existing_file(path).read_text(encoding="utf-8").split("\n")
+        lines = existing_file(path).read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error})") from error
-    while lines and not lines[-1].strip():
+    while lines and not lines[-1].strip() and (len(lines) % group or not any(map(str.strip, lines[-group:]))):
         lines.pop()
     return lines

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from esl_fast._autocast import without_autocast
+from esl_fast._eager import is_eager
 from esl_fast.kernels._common import INTERPRETING
 
 DEVICES = ("cuda", "cpu") if INTERPRETING else "cuda"
@@ -47,7 +48,7 @@ class Op:
         self._function = _make_function(self.run, backward, setup_context, twice)
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or not _eager():
+        if not is_eager():
             return self.registered(*args)
         args += self._defaults[len(args) :]
         lists = gradient = False
@@ -82,14 +83,9 @@ def op(name: str, *, mutates: Sequence[str] = ()) -> Callable[[Callable], Op]:
     return lambda run: Op(name, run, mutates)
 
 
-def _eager() -> bool:
-    """Whether neither a dispatch mode nor a transform of `torch.func` waits for calls."""
-    return torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.peek_interpreter_stack() is None
-
-
 def plain(tensors: Sequence[Tensor]) -> bool:
     """Whether nothing but eager code will see what is done with these tensors."""
-    return _eager() and all(type(x) in PLAIN for x in tensors)
+    return is_eager() and all(type(x) in PLAIN for x in tensors)
 
 
 def _make_function(run: Callable, backward: Callable, setup: Callable, twice: bool) -> type[torch.autograd.Function]:

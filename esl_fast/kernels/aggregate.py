@@ -53,9 +53,9 @@ def _l2norm(z):
 
 @triton.jit
 def _l2norm_backward(grad, unit, norm):
-    """Gradient to ``z`` from that to ``unit = z / (norm + eps)``; a zero ``z`` has norm gradient 0, as in torch."""
-    scale = 1.0 / (norm + EPS)
-    ratio = tl.where(norm > 0, 1.0 + EPS / tl.where(norm > 0, norm, 1.0), 0.0)
+    """Gradient to ``z`` from that to ``unit = z / (norm + eps)``; 0 to a zero ``z``."""
+    scale = tl.where(norm == 0, 0.0, 1.0 / (norm + EPS))
+    ratio = 1.0 + EPS / tl.where(norm == 0, 1.0, norm)
     return (grad - unit * (tl.sum(grad * unit, 1) * ratio)[:, None]) * scale[:, None]
 
 
@@ -395,6 +395,7 @@ def _adaptive_backward(
     """Gradient to the embeddings; and what that to the weights is made of, a unit a row: what each level has read and
     the gradient to each level before its norm."""
     LEVELS: tl.constexpr = len(DIMS) - 1
+    chain_row = tl.cast(chain_row, tl.int64)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     x_columns = tl.arange(0, PADDED[0]).to(tl.int64)
     x, x_norm = _load_embeddings(x_ptr, x_row, x_col, rows, x_columns, n, DIMS[0], NORMALIZE)
@@ -441,6 +442,7 @@ def _adaptive_weights_backward(
 ):  # fmt: skip
     """Gradient to one row of the weights: a dot product over the batch for each entry that it selected, then through
     the row's norm to all its entries."""
+    chain_row = tl.cast(chain_row, tl.int64)
     row = tl.program_id(0).to(tl.int64)
     rows, width, first, start = locate(row, ROW_DIMS, COLUMN_DIMS)
     chain_first = 0  # where what this level has read starts
@@ -469,8 +471,9 @@ def _adaptive_weights_backward(
         product = tl.sum(products, 0)
         grad = tl.where(entries == column, product, grad)
         along += product * tl.load(values_ptr + listed)
-    direction = w / tl.where(norm > 0, norm, 1.0)
-    tl.store(grad_weights_ptr + offsets, (grad - direction * along) / (norm + EPS), mask=valid)
+    direction = w / tl.where(norm == 0, 1.0, norm)
+    scale = tl.where(norm == 0, 0.0, 1.0 / (norm + EPS))
+    tl.store(grad_weights_ptr + offsets, (grad - direction * along) * scale, mask=valid)
 
 
 @cache

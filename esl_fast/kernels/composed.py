@@ -166,6 +166,7 @@ def serves(x: Tensor, weights: Sequence[Tensor]) -> bool:
         and target_of(x.device) in TARGETS
         and tma_ready(x)
         and dims[0] in WIDTHS
+        and len(dims) > 2  # else half the product would be of zeros
         and all(after == before // 2 for before, after in pairwise(dims))
     )
 
@@ -211,8 +212,9 @@ def compose(weights: Sequence[Tensor]) -> Maps:
 
 @op("aggregate_composed")
 def _aggregate_composed(x: Tensor, wide: Tensor, small: Tensor, dims: list[int], chain: str, normalize: bool) -> Tensor:
-    # Of units no level is short beside the definition's epsilon; raw vectors are as short here as there.
-    eps = EPS.value if check_chain(chain) else 1e-30
+    # Of units no level is short beside the definition's epsilon; raw vectors are as short here as there. A level of
+    # zeros stays one, also where it is multiplied by the inverse of a norm as short as 1e-18.
+    eps = EPS.value if check_chain(chain) else 1e-20
     n, width = x.shape[0], sum(dims)
     units = padded_rows(n, width, x.dtype, x.device)
     rows = descriptor(x, ROWS, DEPTH)

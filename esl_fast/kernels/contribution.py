@@ -339,7 +339,7 @@ def _matrices_finish(
     offsets = start + (row - first) * dim + entry
     total = tl.zeros((BLOCK,), tl.float32)
     for part in range(parts):
-        total += tl.load(partial_ptr + part * TOTAL + offsets, mask=live, other=0.0)
+        total += tl.load(partial_ptr + tl.cast(part, tl.int64) * TOTAL + offsets, mask=live, other=0.0)
     matrix = tl.load(matrices_ptr + offsets, mask=live, other=0.0).to(tl.float32)
     tl.store(products_ptr + row, tl.sum(total * matrix, 0))
     grad = total * _load_scales(scales_ptr, row, DIMS)

@@ -26,8 +26,8 @@ def _paired_kernel(
     PAIRS: tl.constexpr, DEPTH: tl.constexpr, OWNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """With ``OWNED``, scores that are not finite become -inf, as do those with owners that are none of ``images``;
-    ``best`` takes each image's highest, and its rank gets to ``pairs - 1``; else ``lowest`` takes the lowest score times
-    ``factor``."""
+    ``best`` takes each image's highest, and its rank gets to ``pairs - 1``; else ``lowest`` takes the lowest score
+    times ``factor``."""
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     live = pair < pairs
     image = pair

@@ -28,6 +28,8 @@ class _Inert:
     """Stands for the configuration objects that official checkpoints pickle: holds attributes, does nothing."""
 
 
+# What building a model from weights of any shapes may raise.
+BUILDING = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError, RuntimeError)
 # The only foreign names an official checkpoint may mention; each becomes an `_Inert`.
 KNOWN_CONFIGS = ("config.all_config.AllConfig", "argparse.Namespace")
 
@@ -135,7 +137,7 @@ def _load_own(folder: Path) -> MatchingModel:
         model = MatchingModel(config)
         model.load_state_dict(weights, assign=True)  # keeps their dtype
         model.image_tower.to(memory_format=torch.channels_last)
-    except (SafetensorError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+    except (SafetensorError, *BUILDING) as error:
         raise CheckpointError(f"cannot read checkpoint {folder}: {error}") from error
     return model
 
@@ -152,7 +154,7 @@ def _load_official(path: Path) -> MatchingModel:
             f"cannot build the text tower of {path}: {error}. "
             "Its head alone is `RegionWordHead.from_official(esl_fast.model.checkpoint.read_pth(path))`"
         ) from error
-    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+    except BUILDING as error:
         raise CheckpointError(f"cannot read official checkpoint {path}: {error}") from error
     raise CheckpointError(
         f"{path} is not an official ESL checkpoint: it has no `state_dict` (global) "
@@ -179,13 +181,14 @@ def _reason(path: str | Path, error: Exception) -> str:
         foreign = set()
     if foreign:
         return f"it would run {', '.join(sorted(foreign))}; only tensors and plain data are read"
-    first_line = str(error).partition("\n")[0]
+    # Without PyTorch's advice to read it with less care.
+    first_line = str(error).partition("\n")[0].partition(" Re-running")[0]
     return f"not a readable PyTorch checkpoint ({type(error).__name__}: {first_line})"
 
 
 def model_from_official(state_dict: dict[str, Tensor]) -> MatchingModel:
     """Model from official global weights: ``clip.*`` towers and ``pool_frames.*`` head."""
-    state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    state_dict = official.named_tensors(state_dict)
     clip = {
         key.removeprefix(official.CLIP_PREFIX): value
         for key, value in state_dict.items()
@@ -204,6 +207,8 @@ def model_from_official(state_dict: dict[str, Tensor]) -> MatchingModel:
     )
     for key in ("input_resolution", "context_length", "vocab_size"):
         clip.pop(key, None)
+    if "logit_scale" not in clip:
+        raise ValueError(f"no tensor '{official.CLIP_PREFIX}logit_scale'")
     model.logit_scale.data.copy_(clip.pop("logit_scale").reshape(()))
     visual = {k.removeprefix("visual."): v for k, v in clip.items() if k.startswith("visual.")}
     model.image_tower.load_state_dict(visual)

@@ -22,6 +22,7 @@ class Head(nn.Module):
 
     embed_dim: int
     takes_sequences = False
+    plain = True  # nobody observes or replaces calls of its parts: they may be worked around
 
     def image_units(self, x: Tensor) -> Tensor:
         """Units ``(N, U)`` of image features ``(N, d)``."""
@@ -60,7 +61,7 @@ class Head(nn.Module):
         different devices and (on a CPU) non-finite features.
         """
         self._check(image_features, text_features)
-        if not ops.streams(image_features, text_features):
+        if not (self.plain and ops.streams(image_features, text_features)):
             return self._scores(image_features, text_features).matrix()
         dtype = torch.promote_types(image_features.dtype, text_features.dtype)
         features = {"image": image_features.to(dtype), "text": text_features.to(dtype)}
@@ -120,11 +121,10 @@ class ESLHead(LevelHead, Head):
         return self.text(y)
 
     def sides(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
-        image, text, contribution = self.image, self.text, self.contribution
-        observed = not (Aggregator.is_plain(image) and Aggregator.is_plain(text) and type(contribution) is Contribution)
         # One step keeps autograd's graph small. Without one the parts do better: they keep what they make of weights.
-        if type(self) is not ESLHead or observed or not torch.is_grad_enabled():
+        if not (self.plain and torch.is_grad_enabled()):
             return super().sides(image_features, text_features)
+        image, text, contribution = self.image, self.text, self.contribution
         degrees = contribution.w, contribution.temp_scale_1, contribution.temp_scale_2
         matrices = tensors_of(contribution.matrices)
         parameters = [*image.raw(), *text.raw(), *degrees, *matrices]
@@ -150,6 +150,11 @@ class ESLHead(LevelHead, Head):
     def units_of(self, side: str, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         return (self.image if side == "image" else self.text).prepared(dtype)
 
+    @property
+    def plain(self) -> bool:
+        parts = Aggregator.is_plain(self.image) and Aggregator.is_plain(self.text)
+        return parts and type(self) is ESLHead and type(self.contribution) is Contribution
+
     def fold(self, units: Tensor, side: str) -> Tensor:
         return self.contribution.fold(units, side)
 
@@ -158,7 +163,8 @@ class ESLHead(LevelHead, Head):
 
         The levels of the smallest proven bounds are left out, as many as have bounds that add up to ``tolerance`` at
         most; the result's ``bound`` is their sum, and no similarity of exact arithmetic changes by more. Looks at the
-        weights as they are now, once, on the CPU.
+        weights as they are now, once, which waits for a GPU. Raises ValueError for a negative tolerance or weights that
+        are not finite.
         """
         if not tolerance >= 0:
             raise ValueError(f"tolerance is {tolerance}; expected a number of at least 0")
@@ -202,6 +208,10 @@ class NarrowedHead(Head):
 
     def text_units(self, y: Tensor) -> Tensor:
         return self._kept(self.whole.text(y, self.levels[-1]))
+
+    @property
+    def plain(self) -> bool:
+        return self.whole.plain
 
     def fold(self, units: Tensor, side: str) -> Tensor:
         return self.whole.contribution.fold(units, side, self.levels)

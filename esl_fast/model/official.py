@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from esl_fast.reference.aggregate import level_dims
+
 SHORT = {"image": "img", "text": "txt"}
 SCALARS = ("temp_scale", "temp_scale_1", "temp_scale_2")
 
@@ -47,8 +49,24 @@ def _infer_kernel_size(dims: list[int]) -> int:
     raise ValueError(f"levels of {dims} units follow no kernel size")
 
 
+def named_tensors(state_dict: Mapping, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a state dict, without the prefixes of their names."""
+    return {
+        key.removeprefix("module.").removeprefix(prefix): value
+        for key, value in state_dict.items()
+        if isinstance(key, str) and isinstance(value, Tensor)
+    }
+
+
 def similarity_part(contents: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """The head's weights in a region-word checkpoint's three state dicts; anything else is taken as the weights."""
+    """The head's weights among what a checkpoint holds; what is no checkpoint is taken as the weights.
+
+    Raises TypeError for what is no mapping.
+    """
+    if not isinstance(contents, Mapping):
+        raise TypeError(f"official weights are a state dict; given a {type(contents).__name__}")
+    if isinstance(contents.get("state_dict"), Mapping):
+        return contents["state_dict"]
     parts = contents.get("model")
     return parts[-1] if are_region_word_parts(parts) else contents
 
@@ -58,39 +76,42 @@ def read_head(state_dict: Mapping[str, Tensor], layout: Layout = GLOBAL) -> tupl
 
     Raises ValueError naming the missing or misshapen tensor.
     """
-    tensors = {key.removeprefix("module.").removeprefix(layout.prefix): value for key, value in state_dict.items()}
+    tensors = named_tensors(state_dict, layout.prefix)
     sims, level_key = layout.sims, layout.level_key
 
     def take(key: str, shape: tuple[int, ...]) -> Tensor:
         if key not in tensors:
             optional = f" (with or without {layout.prefix!r})" if layout.prefix else ""
             raise ValueError(f"no tensor {key!r}{optional} among {len(tensors)}: not an ESL head of this variant")
-        if tuple(tensors[key].shape) != shape:
-            raise ValueError(f"tensor {key!r} has shape {tuple(tensors[key].shape)}; expected {shape}")
-        return tensors[key]
+        tensor = tensors[key]
+        if not tensor.is_floating_point():
+            raise ValueError(f"tensor {key!r} has dtype {tensor.dtype}; expected floating point")
+        if tensor.ndim != len(shape) or any(n not in (None, size) for n, size in zip(shape, tensor.shape, strict=True)):
+            expected = ", ".join("n" if size is None else str(size) for size in shape)
+            raise ValueError(f"tensor {key!r} has shape {tuple(tensor.shape)}; expected ({expected})")
+        return tensor
 
-    matrix_count = 0
-    while f"{sims}masks_{matrix_count}.weight" in tensors:
-        matrix_count += 1
-    if not matrix_count:
-        take(f"{sims}masks_0.weight", ())
-    dims = [tensors[f"{sims}masks_{k}.weight"].shape[0] for k in range(matrix_count)]
-    levels = matrix_count - 1
-    if not levels:
-        raise ValueError("these ESL weights have no aggregated level: the aggregator cannot be told from the shapes")
+    w = take(f"{sims}sim_eval.weight", (1, None)).reshape(-1)
+    levels = len(w) - 1
+    if f"{sims}masks_{levels + 1}.weight" in tensors:
+        raise ValueError(f"tensor '{sims}sim_eval.weight' has shape {(1, levels + 1)}, but there are more levels")
+    dims = [take(f"{sims}masks_{k}.weight", (None, None)).shape[0] for k in range(levels + 1)]
+    # Without levels there is nothing to aggregate, whichever way.
     aggregator = "adaptive" if level_key("image", "adaptive", 1) in tensors else "heuristic"
 
-    weights = {"contribution.w": take(f"{sims}sim_eval.weight", (1, levels + 1)).reshape(-1)}
+    weights = {"contribution.w": w}
     for name in SCALARS:
         weights[f"contribution.{name}"] = take(f"{sims}{name}.weight", (1, 1)).reshape(())
     for own, name in layout.matrices.items():
         for k, d in enumerate(dims):
             weights[f"contribution.{own.format(k)}"] = take(sims + name.format(k), (d, d))
-    if aggregator == "heuristic":
-        first = level_key("image", aggregator, 1)
-        kernel_size = tensors[first].shape[-1] if first in tensors else 2
+    if aggregator == "heuristic" and levels:
+        kernel_size = take(level_key("image", aggregator, 1), (4, 1, None)).shape[-1]
+        expected = level_dims(dims[0], kernel_size, levels)
+        if dims != expected:
+            raise ValueError(f"levels of {dims} units do not follow from filters of {kernel_size} taps: {expected}")
     else:
-        kernel_size = _infer_kernel_size(dims)
+        kernel_size = _infer_kernel_size(dims) if levels else 2
     for side in SHORT:
         if aggregator == "adaptive":
             for level in range(1, levels + 1):
@@ -98,7 +119,7 @@ def read_head(state_dict: Mapping[str, Tensor], layout: Layout = GLOBAL) -> tupl
                 weights[f"{side}.weights.{level - 1}"] = take(key, (dims[level], dims[level - 1]))
         else:
             taps = [take(level_key(side, aggregator, k), (4, 1, kernel_size)) for k in range(1, levels + 1)]
-            weights[f"{side}.weight"] = torch.stack([t[:, 0] for t in taps])
+            weights[f"{side}.weight"] = torch.stack([t[:, 0] for t in taps]) if taps else w.new_empty(0, 4, kernel_size)
     config = {"embed_dim": dims[0], "kernel_size": kernel_size, "num_levels": levels, "aggregator": aggregator}
     return config, weights
 
@@ -141,7 +162,7 @@ def read_regions(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Raises ValueError naming what is missing.
     """
-    tensors = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    tensors = named_tensors(state_dict)
     weights = {}
     for own, names in REGIONS.items():
         found = next((name for name in names if f"{name}.weight" in tensors), None)
@@ -149,7 +170,10 @@ def read_regions(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f"no tensor '{names[0]}.weight' in the image encoder: not a projection of regions")
         parameters = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
         for parameter in parameters[: 5 if own == "norm" else 2]:
-            weights[f"{own}.{parameter}"] = tensors[f"{found}.{parameter}"]
+            name = f"{found}.{parameter}"
+            if name not in tensors:
+                raise ValueError(f"no tensor {name!r} in the image encoder: not a projection of regions")
+            weights[f"{own}.{parameter}"] = tensors[name]
     return weights
 
 
@@ -158,7 +182,7 @@ def read_bert(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, int], dict[st
 
     Raises ValueError naming what is missing.
     """
-    tensors = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    tensors = named_tensors(state_dict)
     # The pooler serves another task, position_ids are a constant.
     unused = ("bert.pooler.", "bert.embeddings.position_ids")
     weights = {
@@ -192,32 +216,39 @@ def read_clip_config(state_dict: Mapping[str, Tensor]) -> dict:
     def layers(prefix: str) -> int:
         return len({key[len(prefix) :].split(".")[0] for key in state_dict if key.startswith(prefix)})
 
+    def size(key: str, axis: int) -> int:
+        shape = state_dict[key].shape
+        if not -len(shape) <= axis < len(shape) or not shape[axis]:
+            raise ValueError(f"tensor {CLIP_PREFIX + key!r} has shape {tuple(shape)}: not a CLIP's")
+        return shape[axis]
+
     try:
-        if "visual.proj" in state_dict:
-            patch = state_dict["visual.conv1.weight"].shape[-1]
-            grid = math.isqrt(state_dict["visual.positional_embedding"].shape[0] - 1)
+        if "visual.layer1.0.conv1.weight" not in state_dict:
+            size("visual.proj", 1)  # that it is there
+            patch = size("visual.conv1.weight", -1)
+            grid = math.isqrt(size("visual.positional_embedding", 0) - 1)
             vision = {
                 "layers": layers("visual.transformer.resblocks."),
-                "width": state_dict["visual.conv1.weight"].shape[0],
+                "width": size("visual.conv1.weight", 0),
                 "patch_size": patch,
                 "image_size": patch * grid,
             }
         else:
-            grid = math.isqrt(state_dict["visual.attnpool.positional_embedding"].shape[0] - 1)
+            grid = math.isqrt(size("visual.attnpool.positional_embedding", 0) - 1)
             vision = {
                 "layers": [layers(f"visual.layer{stage}.") for stage in (1, 2, 3, 4)],
-                "width": state_dict["visual.layer1.0.conv1.weight"].shape[0],
+                "width": size("visual.layer1.0.conv1.weight", 0),
                 "image_size": 32 * grid,
             }
-        width = state_dict["ln_final.weight"].shape[0]
+        width = size("ln_final.weight", 0)
         text = {
-            "context_length": state_dict["positional_embedding"].shape[0],
-            "vocab_size": state_dict["token_embedding.weight"].shape[0],
+            "context_length": size("positional_embedding", 0),
+            "vocab_size": size("token_embedding.weight", 0),
             "width": width,
             "heads": width // 64,
             "layers": layers("transformer.resblocks."),
         }
-        embed_dim = state_dict["text_projection"].shape[1]
+        embed_dim = size("text_projection", 1)
     except KeyError as error:
         raise ValueError(f"no tensor {CLIP_PREFIX + error.args[0]!r}: not an official global ESL checkpoint") from error
     return {"embed_dim": embed_dim, "quick_gelu": True, "vision_cfg": vision, "text_cfg": text}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from esl_fast import ops
+from esl_fast._eager import is_eager
 from esl_fast.model import official
 from esl_fast.reference.aggregate import level_dims
 from esl_fast.reference.contribution import normed_matrix
@@ -53,13 +54,12 @@ class Keeper(nn.Module):
         super().__init__()
         self._kept = ops.WeightsCache()
 
-    @property
     def cache(self) -> ops.WeightsCache | None:
-        """None where weights may be about to change, or are not what they seem."""
-        if self.training or torch.compiler.is_compiling() or ops.checks.in_transform():
+        """None where weights are not what they seem; or where they may be about to change, which drops what is kept."""
+        if self.training or not is_eager():
             return None
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in self.parameters()):
-            self.forget()  # the step of a fused optimizer, which may follow, would not show
+            self.forget()  # a step by hand on `weight.data` would not show
             return None
         return self._kept
 
@@ -69,6 +69,10 @@ class Keeper(nn.Module):
     def train(self, mode: bool = True) -> Self:
         self.forget()
         return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self.forget()  # to another dtype and back, a weight is another, of the same version
+        return super()._apply(*args, **kwargs)
 
 
 class Aggregator(Keeper):
@@ -119,7 +123,7 @@ class HeuristicAggregator(Aggregator):
 
     def levels(self) -> tuple[Tensor, None]:
         # A filter is the sum over its channels.
-        cache = self.cache
+        cache = self.cache()
         if cache is None or torch.is_grad_enabled():
             return self.weight.sum(1), None
         return cache.get("taps", (self.weight,), lambda weights: weights[0].sum(1)), None
@@ -136,7 +140,7 @@ class AdaptiveAggregator(Aggregator):
         return tensors_of(self.weights)
 
     def levels(self) -> tuple[list[Tensor], ops.WeightsCache | None]:
-        return tensors_of(self.weights), self.cache
+        return tensors_of(self.weights), self.cache()
 
 
 def make_aggregator(name: str, dims: Sequence[int], kernel_size: int, side: str, *, normalize: bool) -> nn.Module:
@@ -163,7 +167,7 @@ class Contribution(Keeper):
     def scales(self) -> Tensor:
         """``(L+1,)`` degree of each level over the number of levels: what multiplies D_k in the similarity."""
         weights = self.w, self.temp_scale_1, self.temp_scale_2
-        cache = self.cache
+        cache = self.cache()
         if cache is None or torch.is_grad_enabled():
             return ops.degrees(*weights, mean=True)
         return cache.get("scales", weights, lambda given: ops.degrees(*given, mean=True))
@@ -171,7 +175,7 @@ class Contribution(Keeper):
     def fold(self, units: Tensor, side: str, levels: Sequence[int] | None = None) -> Tensor:
         """Fold ``units`` of some levels (default: all), in the order of ``levels``."""
         if levels is None:
-            return ops.fold(units, tensors_of(self.matrices), self.scales(), side=side, cache=self.cache)
+            return ops.fold(units, tensors_of(self.matrices), self.scales(), side=side, cache=self.cache())
         return ops.fold(units, [self.matrices[k] for k in levels], self.scales()[list(levels)], side=side)
 
     @torch.no_grad()
@@ -179,8 +183,16 @@ class Contribution(Keeper):
         """``(L+1,)`` float64, the largest magnitude that each level can add to any similarity.
 
         ``|scale_k| * ||D_k||_2``, since units have norm at most 1; a little more for the rounding of that norm.
+        Raises ValueError for a D_k that is not finite.
         """
-        norms = torch.stack([torch.linalg.matrix_norm(m.double(), 2) for m in self.matrices])
+        for level, matrix in enumerate(self.matrices):
+            ops.checks.finite(f"D of level {level}", matrix, wait=True)
+
+        def norms_of(matrices: Sequence[Tensor]) -> Tensor:
+            return torch.stack([torch.linalg.matrix_norm(m.double(), 2) for m in matrices])
+
+        matrices, cache = tensors_of(self.matrices), self.cache()
+        norms = norms_of(matrices) if cache is None else cache.get("norms", matrices, norms_of)
         return self.scales().double().abs() * norms * (1 + 1e-5)
 
 

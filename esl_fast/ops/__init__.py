@@ -1,8 +1,9 @@
 """Public ops: checks, choice of backend, one name each."""
 
 from esl_fast.ops import checks
-from esl_fast.ops.aggregate import WeightsCache, aggregate, aggregator
+from esl_fast.ops.aggregate import aggregate, aggregator
 from esl_fast.ops.backend import use_backend
+from esl_fast.ops.cache import WeightsCache
 from esl_fast.ops.contrastive import contrastive_loss
 from esl_fast.ops.contribution import degrees, fold
 from esl_fast.ops.hinge import hinge_loss, region_word_hinge_loss

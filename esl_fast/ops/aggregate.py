@@ -1,53 +1,18 @@
 """Measure-units of embeddings."""
 
-import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from esl_fast import blocked, reference
 from esl_fast._autocast import without_autocast
+from esl_fast._eager import is_eager
 from esl_fast.ops import checks
 from esl_fast.ops.backend import use_kernels
+from esl_fast.ops.cache import WeightsCache
 
 CHAINS = ("normalized", "raw")
-
-
-class WeightsCache:
-    """Keeps what was made of weights, one thing a kind, until one of them is replaced or changes in place.
-
-    A change shows in the weight's version. One that does not (``weight.data``, a fused optimizer, a replayed CUDA
-    graph) is seen on a CPU, where the values are compared as well; on a GPU that would need a synchronisation, and
-    :meth:`clear` is the caller's.
-    """
-
-    def __init__(self) -> None:
-        self._kept: dict[tuple[str, int], tuple] = {}
-
-    def clear(self) -> None:
-        self.__init__()
-
-    def __reduce__(self) -> tuple:
-        return type(self), ()  # a copy makes all anew: compressed matrices cannot be copied
-
-    def get(self, kind: str, weights: Sequence[Tensor], make: Callable, make_once: Callable | None = None) -> Any:
-        """What ``make(weights)`` has made; of weights that cannot be watched, what ``make_once(weights)`` makes now."""
-        if any(w.is_inference() for w in weights):  # these carry no version to compare
-            return (make_once or make)(weights)
-        if weights and weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
-            return (make_once or make)(weights)  # at replay, from the weights of that time
-        key = [(w.data_ptr(), w._version, w.dtype) for w in weights]
-        name = kind, len(weights)
-        known, found, values, made = self._kept.get(name, ((), None, (), None))
-        # An address may serve another tensor later: identity says that it is this one.
-        same = key == found and all(ref() is w for ref, w in zip(known, weights, strict=True))
-        if not same or not all(torch.equal(w, v) for w, v in zip(weights, values, strict=False)):
-            values = [w.detach().clone() for w in weights if w.device.type == "cpu"]
-            made = make(weights)
-            self._kept[name] = [weakref.ref(w) for w in weights], key, values, made
-        return made
 
 
 @without_autocast
@@ -91,7 +56,7 @@ def aggregate(
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
     if use_kernels(rows) and tensors:  # no matrix, no level: nothing for a kernel to do
         units = _aggregate_kernels(rows, weights, cache if not grad else None, **options)
-    elif grad or rows.device.type != "cpu" or torch.compiler.is_compiling() or checks.in_transform():
+    elif grad or rows.device.type != "cpu" or not is_eager():
         compute = torch.promote_types(x.dtype, torch.float32)
         tensors = [w.to(compute) for w in tensors]
         levels = tensors[0].unbind() if heuristic else [reference.aggregate.select_top2(w) for w in tensors]

@@ -3,10 +3,7 @@
 import torch
 from torch import Tensor
 
-
-def in_transform() -> bool:
-    """Whether a `torch.func` transform (vmap, grad, jvp) is running: values cannot be read, nor written with `out=`."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+from esl_fast._eager import is_eager
 
 
 def floating(name: str, x: Tensor) -> None:
@@ -33,7 +30,7 @@ def same_device(**tensors: Tensor) -> None:
 
 def finite(name: str, x: Tensor, *, wait: bool = False) -> None:
     """No NaN or infinity in ``x (n, ...)``; without ``wait`` on a CPU only, where it needs no synchronisation."""
-    if (x.device.type != "cpu" and not wait) or torch.compiler.is_compiling() or in_transform():
+    if (x.device.type != "cpu" and not wait) or not is_eager():
         return
     # The sum is finite unless a term is not (or it overflows, which the exact check below clears).
     if torch.isfinite(x.detach().sum()):

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from esl_fast import blocked, reference
 from esl_fast._autocast import without_autocast
+from esl_fast._eager import is_eager
 from esl_fast.ops import checks
-from esl_fast.ops.aggregate import WeightsCache
 from esl_fast.ops.backend import use_kernels
+from esl_fast.ops.cache import WeightsCache
 
 SIDES = ("image", "text")
 
@@ -32,7 +33,15 @@ def degrees(
         temp_scale_1: one value; the gate is its sigmoid (global variant) or, without ``sigmoid_gate``, itself.
         temp_scale_2: one value; the sharpness is its exponential or, without ``sharp``, 0 (``degree_k = w_k``).
         mean: divide by the number of levels, as :func:`fold` wants it for the global variant.
+
+    Returns:
+        ``(L+1,)`` in float32 (or float64).
+
+    Raises:
+        TypeError, ValueError: wrong types or shapes.
     """
+    for name, x in (("w", w), ("temp_scale_1", temp_scale_1), ("temp_scale_2", temp_scale_2)):
+        checks.floating(name, x)
     if w.ndim != 1 or w.numel() == 0 or temp_scale_1.numel() != 1 or temp_scale_2.numel() != 1:
         raise ValueError(
             f"degrees takes w (L+1,) and two scalars, given shapes {tuple(w.shape)}, {tuple(temp_scale_1.shape)}, "
@@ -42,7 +51,9 @@ def degrees(
         from esl_fast.kernels import contribution as kernel  # Triton is imported only where it is used
 
         return kernel.degrees_scales(w, temp_scale_1, temp_scale_2, sigmoid_gate=sigmoid_gate, sharp=sharp, mean=mean)
-    gate, sharpness = temp_scale_1.reshape(()), temp_scale_2.reshape(())
+    # Half a precision of w would be many times as much after the exponential.
+    compute = torch.promote_types(w.dtype, torch.float32)
+    w, gate, sharpness = (x.to(compute) for x in (w, temp_scale_1.reshape(()), temp_scale_2.reshape(())))
     degree = reference.contribution.degrees(
         w, gate.sigmoid() if sigmoid_gate else gate, sharpness.exp() if sharp else torch.zeros_like(sharpness)
     )
@@ -64,6 +75,9 @@ def fold(
 
     Returns:
         Folded units, same shape and dtype; computed in float32 or float64.
+
+    Raises:
+        TypeError, ValueError: wrong types, shapes, side or devices.
     """
     checks.floating("units", units)
     if side not in SIDES:
@@ -92,7 +106,7 @@ def fold(
         return kernel.fold_packed(rows, packed, [len(m) for m in matrices], scales).view(units.shape)
     compute = torch.promote_types(units.dtype, torch.float32)
     arguments = (rows.to(compute), [m.to(compute) for m in matrices], scales.to(compute))
-    if grad or rows.device.type != "cpu" or torch.compiler.is_compiling() or checks.in_transform():
+    if grad or rows.device.type != "cpu" or not is_eager():
         folded = reference.contribution.fold(*arguments, side=side)
     else:
         folded = blocked.contribution.fold(*arguments, side=side)

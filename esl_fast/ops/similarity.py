@@ -7,6 +7,7 @@ from torch import Tensor
 
 from esl_fast import blocked, reference
 from esl_fast._autocast import without_autocast
+from esl_fast._eager import is_eager
 from esl_fast.ops import checks
 from esl_fast.ops.backend import use_kernels
 
@@ -29,7 +30,7 @@ def similarity(image_units: Tensor, folded_text_units: Tensor) -> Tensor:
 
 def streams(*features: Tensor) -> bool:
     """Whether :func:`streamed_similarity` serves features: on a CPU, without gradients, where the kernels do not."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or checks.in_transform() or use_kernels(*features):
+    if torch.is_grad_enabled() or not is_eager() or use_kernels(*features):
         return False
     return all(x.device.type == "cpu" for x in features)
 

@@ -22,7 +22,9 @@ def unit_norm(x: Tensor) -> Tensor:
 
 
 def l2norm(x: Tensor) -> Tensor:
-    return x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) + EPS)
+    """``x / (||x|| + eps)``; zeros have no direction, so their gradient is 0 (that of 1/eps overflows over levels)."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / torch.where(norm == 0, torch.inf, norm + EPS)
 
 
 def heuristic_level(x: Tensor, taps: Tensor) -> Tensor:

@@ -30,4 +30,6 @@ def fold(units: Tensor, matrices: Sequence[Tensor], scales: Tensor, *, side: str
 
 def normed_matrix(table: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """D_k of the region-word variant: LayerNorm over both axes of an embedding table, all ``(d_k, d_k)``."""
+    if table.numel() == 1:  # its own mean; eps would make a gradient of what rounding leaves of the difference
+        return bias + 0 * weight * table
     return torch.nn.functional.layer_norm(table, table.shape, weight, bias, eps=1e-8)

@@ -1,0 +1,17 @@
+"""Whether a call is carried out as it stands."""
+
+import torch
+from torch.autograd import forward_ad
+
+
+def is_eager() -> bool:
+    """Whether no compiler, transform of `torch.func`, dispatch mode or dual level stands between a call and its doing.
+
+    Where one does, values cannot be read, results cannot be written with `out=`, and a tensor may not be what it seems.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+    )
