@@ -17,6 +17,7 @@ from esl_fast.model import REGION_WORD_SIMILARITIES
 from esl_fast.model.scores import RegionWordScores
 from esl_fast.model.towers import SpecialTokens
 from esl_fast.training import TrainConfig, Trainer, main
+from esl_fast.training.accumulate import backward_in_parts
 from esl_fast.training.config import parse, recipe_name
 from esl_fast.training.optim import lr_factor, make_optimizer
 from esl_fast.training.runs import read_metrics
@@ -96,6 +97,22 @@ def test_accumulation_sees_the_whole_batch(root, tmp_path, loss):
         assert main(options(root, tmp_path / str(freq), *more, "--grad-clip=0", "--epochs=2", "--lr=1e-4")) == 0
     once, thrice = losses(tmp_path / "1" / "run"), losses(tmp_path / "3" / "run")
     np.testing.assert_allclose(once, thrice, rtol=1e-3)
+
+
+def test_accumulation_counts_statistics_once():
+    norm = torch.nn.BatchNorm1d(4)
+
+    def encode(chunk):
+        return norm(chunk["image"]), chunk["tokens"]
+
+    batch = {"image": torch.randn(12, 4), "tokens": torch.randn(12, 4)}
+    backward_in_parts(
+        batch, 3, model=norm, encode=encode, loss_of=lambda x, y: (x * y).sum(), scale=lambda loss: loss
+    )
+    once = torch.nn.BatchNorm1d(4)
+    for chunk in batch["image"].chunk(3):
+        once(chunk)
+    torch.testing.assert_close(dict(norm.named_buffers()), dict(once.named_buffers()))
 
 
 def test_only_the_hardest_negatives_count_after_the_first_epochs(root, tmp_path, monkeypatch):
@@ -258,8 +275,12 @@ def test_the_recipe_follows_data_and_similarity(root, tmp_path):
     assert recipe_name("regions", "region-word-heuristic", str(root)) == "regions"
     assert recipe_name("coco", "region-word-adaptive") == "region-word-clip"
     assert recipe_name("synthetic", "region-word-adaptive") == "synthetic"
-    np.save(tmp_path / "train_ims.npy", np.zeros((10_000, 1, 1), dtype=np.float16))
-    assert recipe_name("regions", "cosine", str(tmp_path)) == "region-word"
+    captions = tmp_path / "train_caps.txt"
+    for images, name in ((2_000, "regions"), (10_000, "region-word")):
+        captions.write_text("a dog\n" * 5 * images)
+        for rows in (images, 5 * images):
+            np.save(tmp_path / "train_ims.npy", np.zeros((rows, 1, 1), dtype=np.float16))
+            assert recipe_name("regions", "cosine", str(tmp_path)) == name
 
 
 def test_the_official_recipe():

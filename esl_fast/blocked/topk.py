@@ -35,6 +35,9 @@ def stable_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     ``torch.topk`` breaks ties as it likes: those above the k-th score are all in, of those equal to it the lowest
     columns are taken.
     """
+    if scores.is_cuda:  # looking for ties would wait for the GPU
+        values, indices = scores.sort(dim=1, descending=True, stable=True)
+        return values[:, :k], indices[:, :k]
     values, indices = scores.topk(k, dim=1)
     if k == 0:
         return values, indices

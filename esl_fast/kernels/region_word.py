@@ -70,12 +70,13 @@ def pack_captions(word_lengths: Tensor, max_words: int, device: torch.device, *,
 
     Lengths on the CPU are packed exactly, without waiting for a GPU. Lengths on a GPU are packed exactly if `wait`
     (one synchronisation; do it once for a gallery), else every caption takes W rows, whose padding is multiplied too.
+    Lengths below 1 count as 1, those above W as W.
     """
     if torch.compiler.is_compiling() or (word_lengths.device.type != "cpu" and not wait):
-        lengths = word_lengths.to(device, torch.int32).clamp(max=max_words)
+        lengths = word_lengths.to(device, torch.int32).clamp(1, max_words)
         order = torch.arange(len(lengths), device=device)
         return Packing(order, lengths, order * max_words, torch.arange(len(lengths) * max_words, device=device), [])
-    lengths = word_lengths.cpu().long().clamp(0, max_words)
+    lengths = word_lengths.cpu().long().clamp(1, max_words)
     order = lengths.argsort(stable=True)
     by_length = lengths[order]
     rows = (order[:, None] * max_words + torch.arange(max_words))[torch.arange(max_words) < by_length[:, None]]
@@ -343,7 +344,7 @@ def _tile(words: int, images: int) -> tuple[int, int]:
     return lanes, max(1, words * lanes // 256)
 
 
-@triton.jit(do_not_specialize=["width", "group"])
+@triton.jit(do_not_specialize=["width", "group", "outer_stride"], do_not_specialize_on_alignment=["rows"])
 def _gather_kernel(
     units, rows, out, width, group, outer_stride, inner_stride, unit_stride, out_row,
     BLOCK: tl.constexpr,

@@ -113,8 +113,10 @@ def _backward(ctx, grad):
     grad = grad.to(image_units.dtype)
     units = image_units.shape[1]
     to_image, to_text = ctx.needs_input_grad[:2]
-    grad_image = torch.mm(grad, widened(folded_text_units))[:, :units] if to_image else None
-    grad_text = torch.mm(grad.t(), widened(image_units))[:, :units] if to_text else None
+    if not torch.is_grad_enabled():  # else units are an inner dimension of the next backward
+        image_units, folded_text_units = widened(image_units), widened(folded_text_units)
+    grad_image = torch.mm(grad, folded_text_units)[:, :units] if to_image else None
+    grad_text = torch.mm(grad.t(), image_units)[:, :units] if to_text else None
     return grad_image, grad_text, None
 
 

@@ -1,5 +1,8 @@
 """One clear error for each kind of bad input."""
 
+from numbers import Integral
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,6 +14,13 @@ def floating(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} is a {type(x).__name__}; expected a floating-point torch.Tensor")
     if not x.is_floating_point():
         raise TypeError(f"{name} has dtype {x.dtype}; expected a floating-point tensor")
+
+
+def count_of(name: str, value: Any) -> int:
+    """A positive integer of any kind, as an int."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} is {value!r}; expected a positive integer")
+    return int(value)
 
 
 def matrix(name: str, x: Tensor, width: int | None = None) -> None:

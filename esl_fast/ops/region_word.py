@@ -44,7 +44,8 @@ def region_word_similarity(
         Scores ``(N, M)``, float32 (float64 if the units are).
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape or device; lengths out of range (checked where they lie on the CPU).
+        TypeError, ValueError: wrong dtype, shape or device; lengths out of range (where they lie on the CPU; on a GPU
+            words count as at least 1 and at most W).
     """
     smooth = check_region_word(region_units, word_units, smooth, word_lengths, region_lengths)
     if packing is not None and len(packing.order) != word_units.shape[0]:
@@ -67,9 +68,10 @@ def pack_captions(word_units: Tensor, word_lengths: Tensor) -> "Packing | None":
     Waits once for lengths that lie on a GPU; :func:`region_word_similarity` then need not. None where PyTorch serves,
     which packs as it goes.
     """
-    checks.lengths_of("word_lengths", word_lengths, word_units.shape[0], word_units.shape[1], "caption", "words")
     if not _kernel_serves(word_units, word_units):
         return None
+    word_lengths = word_lengths.cpu()
+    checks.lengths_of("word_lengths", word_lengths, word_units.shape[0], word_units.shape[1], "caption", "words")
     from esl_fast.kernels import region_word as kernel  # Triton is imported only where it is used
 
     return kernel.pack_captions(word_lengths, word_units.shape[1], word_units.device, wait=True)

@@ -108,7 +108,7 @@ def region_word_topk(
     smooth = check_region_word(region_units, word_units, smooth, word_lengths, region_lengths, computed_on=device)
     n, m = region_units.shape[0], word_units.shape[0]
     queries, gallery = (n, m) if query == "image" else (m, n)
-    k = min(k, gallery)
+    k = min(int(k), gallery)
     compute = torch.promote_types(region_units.dtype, torch.float32)
     values = torch.full((queries, k), -torch.inf, dtype=compute, device=device)
     indices = torch.full((queries, k), gallery, dtype=torch.int64, device=device)  # past every item
@@ -271,8 +271,7 @@ def _check_query(region_units: Tensor, word_units: Tensor, k: int, query: str) -
     """Where scores are computed: with the queries."""
     if query not in QUERIES:
         raise ValueError(f"query is {query!r}; accepted: {', '.join(map(repr, QUERIES))}")
-    if not isinstance(k, int) or k < 1:
-        raise ValueError(f"k is {k!r}; expected a positive integer")
+    checks.count_of("k", k)
     checks.floating("region_units", region_units)
     checks.floating("word_units", word_units)
     return (region_units if query == "image" else word_units).device

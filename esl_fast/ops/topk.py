@@ -1,7 +1,5 @@
 """Best matches of each query."""
 
-from numbers import Integral
-
 import torch
 from torch import Tensor
 
@@ -9,6 +7,9 @@ from esl_fast import blocked
 from esl_fast._autocast import without_autocast
 from esl_fast.ops import checks
 from esl_fast.ops.backend import use_kernels
+
+
+MOST = 1024  # that the kernel keeps of a query; they lie in registers
 
 
 @torch.no_grad()
@@ -25,13 +26,14 @@ def topk(query_units: Tensor, gallery_units: Tensor, k: int) -> tuple[Tensor, Te
     Returns:
         scores ``(Q, min(k, G))`` in float32 (or float64) and indices, int64, descending; of equal scores the lower
         index comes first, NaN counts as -inf.
+
+    Raises:
+        TypeError, ValueError: wrong types or shapes; a k that is no positive integer.
     """
     checks.matrix("query_units", query_units)
     checks.matrix("gallery_units", gallery_units, query_units.shape[1])
-    if not isinstance(k, Integral) or k < 1:
-        raise ValueError(f"k is {k!r}; expected a positive integer")
-    k = min(int(k), gallery_units.shape[0])
-    if use_kernels(query_units) and k and gallery_units.dtype != torch.float64:
+    k = min(checks.count_of("k", k), gallery_units.shape[0])
+    if use_kernels(query_units) and 0 < k <= MOST and gallery_units.dtype != torch.float64:
         from esl_fast.kernels import topk as kernel  # Triton is imported only where it is used
 
         search = kernel.topk if gallery_units.device == query_units.device else kernel.topk_stream

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
+from esl_fast.data.regions import CAPTIONS_PER_IMAGE
 from esl_fast.model.checkpoint import replace_text
 from esl_fast.model.heads import REGION_WORD_SIMILARITIES, SIMILARITIES
 from esl_fast.scripts import with_underscores
@@ -50,7 +51,8 @@ class TrainConfig:
         freeze_text_layers: Do not train what comes before and in the first n layers of the text tower.
         epochs: Passes over all training captions.
         batch_size: Pairs a step.
-        accum_freq: Encode each batch in so many parts to save memory; the loss still sees the whole batch.
+        accum_freq: Encode each batch in so many parts to save memory; the loss still sees the whole batch, batch norm
+            part by part.
         lr: Peak learning rate of the towers.
         head_lr: Peak learning rate of the similarity head.
         bert_lr: Peak learning rate of a BERT.
@@ -183,8 +185,11 @@ def recipe_name(
 
 def _images_in(data_root: str | None) -> int:
     """Images to train on in a folder of regions; 0 where there is none to count, which loading complains about."""
+    folder = Path(data_root or "")
     try:
-        return len(np.load(Path(data_root or "") / "train_ims.npy", mmap_mode="r"))
+        rows = len(np.load(folder / "train_ims.npy", mmap_mode="r"))
+        with (folder / "train_caps.txt").open("rb") as captions:  # for each of which an image may stand there again
+            return min(rows, sum(1 for _ in captions) // CAPTIONS_PER_IMAGE)
     except (OSError, ValueError, EOFError):
         return 0
 

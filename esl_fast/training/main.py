@@ -11,8 +11,9 @@ from esl_fast.model.towers import pick_device
 from esl_fast.scripts import build_data, reporting_errors
 from esl_fast.training.build import build_model, seed_everything
 from esl_fast.training.config import TrainConfig, parse
+from esl_fast.training.interrupt import Interrupted
 from esl_fast.training.runs import RESULTS, create_run, draw_curves, find_run
-from esl_fast.training.trainer import Interrupted, Trainer
+from esl_fast.training.trainer import Trainer
 
 
 def main(argv: Sequence[str] | None = None) -> int:

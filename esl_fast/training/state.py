@@ -25,6 +25,13 @@ def write_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     (folder / PROGRESS).write_text(json.dumps({"progress": progress, "python_rng": random.getstate()}))
 
 
+def _placed_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """A moment in the memory format of its parameter: fused optimizers walk both alike."""
+    if value.shape != parameter.shape:
+        return value.to(parameter.device)
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+
+
 def read_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Restore what :func:`write_state` wrote; returns ``progress``."""
     tensors = load_file(folder / TENSORS)
@@ -33,7 +40,7 @@ def read_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
         prefix = f"optimizer.{name}."
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if state:
-            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+            optimizer.state[parameter] = {key: _placed_like(parameter, value) for key, value in state.items()}
     torch.set_rng_state(tensors["rng.torch"])
     cuda = [tensors[f"rng.cuda.{i}"] for i in range(torch.cuda.device_count()) if f"rng.cuda.{i}" in tensors]
     if cuda:

@@ -1,8 +1,6 @@
 """The training loop."""
 
 import math
-import os
-import signal
 import time
 import warnings
 from collections.abc import Iterator
@@ -21,9 +19,11 @@ from esl_fast.evaluation import Encoder, evaluate
 from esl_fast.evaluation.protocol import autocast
 from esl_fast.model import MatchingModel, load_checkpoint
 from esl_fast.model.checkpoint import CheckpointError, existing, replacing, write_model
-from esl_fast.model.sequences import Features, concatenate, vectors_of, with_vectors
+from esl_fast.model.sequences import Features
 from esl_fast.ops import contrastive_loss
+from esl_fast.training.accumulate import backward_in_parts
 from esl_fast.training.config import TrainConfig
+from esl_fast.training.interrupt import Interrupted, Interrupts
 from esl_fast.training.optim import lr_factor, make_optimizer, set_lr
 from esl_fast.training.runs import BEST, LAST, RunLog, read_metrics
 from esl_fast.training.state import read_state, write_state
@@ -32,14 +32,6 @@ from esl_fast.training.state import read_state, write_state
 PROGRESS = (
     "step", "steps_per_epoch", "best_rsum", "unsaved_rsum", "evals_since_best", "latest_r1", "validated_step",
 )  # fmt: skip
-
-
-class Interrupted(KeyboardInterrupt):
-    """Training was asked to stop; ``signal`` says by what, ``saved`` whether its state is saved."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.signal, self.saved = number, False
 
 
 class Trainer:
@@ -76,8 +68,7 @@ class Trainer:
         if resume:
             self._restore()
         self.log = RunLog(run, self.step if resume else None)
-        self._signal: int | None = None
-        self._inseparable = False
+        self.interrupts = Interrupts()
 
     def fit(self) -> dict[str, Any]:
         """Train to the end and evaluate the best checkpoint on the test split; returns its metrics.
@@ -88,7 +79,7 @@ class Trainer:
             FloatingPointError: the loss is not finite.
             OSError: not even a first checkpoint can be saved.
         """
-        with self._catching_signals():
+        with self.interrupts.caught():
             try:
                 self._validate_if_due()
                 for epoch in range(self.step // self.steps_per_epoch, self.config.epochs):
@@ -96,7 +87,7 @@ class Trainer:
                         tqdm.write(f"stopping early: no better rsum in {self.evals_since_best} evaluations")
                         break
                     self._train_epoch(epoch)
-                    self._stop_if_asked()
+                    self.interrupts.stop_if_asked()
             except Interrupted as interrupt:
                 interrupt.saved = self._save(LAST)
                 raise
@@ -142,7 +133,7 @@ class Trainer:
             clock = _Clock(self.step)
             for batch in bar:
                 self.model.train()
-                with self._uninterrupted():
+                with self.interrupts.held_back():
                     with self._recognizing_divergence():
                         loss = self._train_step(batch)
                     if self.step % self.config.log_every == 0 or self.step == self.total_steps:
@@ -201,47 +192,23 @@ class Trainer:
         return loss
 
     def _backward(self, batch: dict[str, Tensor]) -> Tensor:
-        """Gradients of the loss over the whole batch, encoded in ``accum_freq`` parts.
+        """Gradients of the loss over the whole batch, encoded in ``accum_freq`` parts."""
 
-        In parts, features are computed first without a graph; the loss's gradient with respect to them is then
-        carried into the towers part by part (GradCache), so that every pair meets every other as in one piece.
-        """
-        parts = self.config.accum_freq
-        if parts == 1:
-            loss = self._loss(*self._encode(batch), batch["image_index"])
-            self.scaler.scale(loss).backward()
-            return loss.detach()
-        chunks = [
-            dict(zip(batch, values, strict=True))
-            for values in zip(*(value.chunk(parts) for value in batch.values()), strict=True)
-        ]
-        with torch.no_grad():
-            generators, encoded = zip(*((self._generators(), self._encode(chunk)) for chunk in chunks), strict=True)
-        features = [concatenate(side) for side in zip(*encoded, strict=True)]
-        leaves = [vectors_of(side).requires_grad_() for side in features]
-        loss = self._loss(*map(with_vectors, features, leaves), batch["image_index"])
+        def loss_of(image_features: Features, text_features: Features) -> Tensor:
+            return self._loss(image_features, text_features, batch["image_index"])
+
+        if self.config.accum_freq > 1:
+            return backward_in_parts(
+                batch,
+                self.config.accum_freq,
+                model=self.model,
+                encode=self._encode,
+                loss_of=loss_of,
+                scale=self.scaler.scale,
+            )
+        loss = loss_of(*self._encode(batch))
         self.scaler.scale(loss).backward()
-        gradients = zip(*(leaf.grad.split([len(c["tokens"]) for c in chunks]) for leaf in leaves), strict=True)
-        for chunk, generator, both in zip(chunks, generators, gradients, strict=True):
-            # Dropout must fall as it did when the features were computed.
-            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-                self._set_generators(generator)
-                sides = [vectors_of(side) for side in self._encode(chunk)]
-            # A part's captions may be shorter than the longest of the batch.
-            pairs = [(side, grad[:, : side.shape[1]]) for side, grad in zip(sides, both, strict=True)]
-            trained = [(side, grad) for side, grad in pairs if side.requires_grad]
-            if trained:
-                torch.autograd.backward(*zip(*trained, strict=True))
         return loss.detach()
-
-    def _generators(self) -> list[Tensor]:
-        cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
-        return [torch.get_rng_state(), *cuda]
-
-    def _set_generators(self, states: list[Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(states[1], self.device)
 
     def _encode(self, batch: dict[str, Tensor]) -> tuple[Features, Features]:
         with autocast(self.device, self.config.precision):
@@ -270,7 +237,7 @@ class Trainer:
             return False
         with self._recognizing_divergence():
             metrics = self.validation.encode(self.model, self.config.precision).metrics()
-        with self._uninterrupted():
+        with self.interrupts.held_back():
             self._record(metrics)
         return True
 
@@ -327,46 +294,6 @@ class Trainer:
             setattr(self, name, progress.get(name, getattr(self, name)))
         if progress["scaler"]:
             self.scaler.load_state_dict(progress["scaler"])
-
-    @contextmanager
-    def _catching_signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM raise Interrupted, but for what is :meth:`_uninterrupted` only after it."""
-        process, previous = os.getpid(), {}
-
-        def handle(number: int, frame: Any) -> None:
-            if os.getpid() != process:
-                return  # a forked worker, which its parent will stop
-            if self._signal is None:
-                # Remembered too, because Python drops what is raised in a destructor or fork hook.
-                self._signal = number
-                # Workers that the same signal ends must not raise torch's error amid a step or save.
-                previous[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                if not self._inseparable:
-                    raise Interrupted(number)
-            elif number == signal.SIGINT:
-                raise KeyboardInterrupt  # SIGTERM may come twice from one `timeout`, a second Ctrl-C is meant
-
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                previous[number] = signal.signal(number, handle)
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    @contextmanager
-    def _uninterrupted(self) -> Iterator[None]:
-        """What must happen as a whole, so that the state saved after an interrupt is a consistent one."""
-        self._inseparable = True
-        try:
-            yield
-        finally:
-            self._inseparable = False
-        self._stop_if_asked()
-
-    def _stop_if_asked(self) -> None:
-        if self._signal is not None:
-            raise Interrupted(self._signal)
 
 
 class _Clock:

@@ -106,3 +106,15 @@ def test_errors(device):
     for wrong in (units(3, 9, device), a[0], a.double(), a.half()):
         with pytest.raises(ValueError, match="expected"):
             similarity(a, wrong)
+
+
+def test_second_order_gradients_see_no_padding(device):
+    buffer = torch.full((9, 64), torch.nan, device=device)
+    a = buffer[:, :61].copy_(torch.randn(9, 61)).requires_grad_()
+    b = torch.randn(7, 61, device=device, requires_grad=True)
+    (first,) = torch.autograd.grad((similarity(a, b) ** 2).sum(), b, create_graph=True)
+    found = torch.autograd.grad((first**2).sum(), (a, b))
+    x, y = (t.detach().double().requires_grad_() for t in (a, b))
+    (first,) = torch.autograd.grad(((x @ y.mT) ** 2).sum(), y, create_graph=True)
+    for grad, wanted in zip(found, torch.autograd.grad((first**2).sum(), (x, y)), strict=True):
+        torch.testing.assert_close(grad.double(), wanted, rtol=1e-5, atol=1e-3)
