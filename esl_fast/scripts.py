@@ -1,18 +1,29 @@
 """What the command-line scripts share."""
 
 import inspect
+import json
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
-from esl_fast.data import LOADERS, DataSet, load_dataset
+import yaml
+
+from esl_fast.data import LOADERS, DataError, DataSet, load_dataset
+
+# Arguments that the loaders' messages name -> what a user types.
+ON_COMMAND_LINE = {
+    "image_root": "--image-root", "root": "--data-root", "annotations": "--annotations", "features": "--features",
+}  # fmt: skip
 
 
 def reporting_errors(run: Callable[[], int]) -> int:
-    """Exit status of a script: what its user can mend is one line on stderr, not a traceback."""
+    """Exit status of a script: what its user can mend is one line on stderr, not a traceback, as is a warning."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         return run()
     except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
@@ -33,24 +44,46 @@ def with_underscores(argv: Sequence[str], options: type) -> list[str]:
     """Options as the dataclass ``options`` names them: ``--five-folds`` alone is ``--five_folds=true``."""
     switches = {f"--{field.name}" for field in fields(options) if field.type is bool}
     named = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), arg) for arg in argv]
+    named = [_config_with_underscores(before, arg) for before, arg in pairwise(["", *named])]
     return [
         f"{arg}=true" if arg in switches and after.startswith("-") else arg for arg, after in pairwise([*named, "--"])
     ]
 
 
+def _config_with_underscores(before: str, arg: str) -> str:
+    """The same for the keys of a YAML file, where ``--config`` gives one that has hyphens in them."""
+    option, _, path = arg.partition("=") if arg.startswith("--config=") else (before, "", arg)
+    if option != "--config" or not Path(path).is_file():
+        return arg
+    try:
+        options = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return arg  # the parser says what is wrong
+    if not isinstance(options, dict) or not any("-" in str(key) for key in options):
+        return arg
+    inline = json.dumps({str(key).replace("-", "_"): value for key, value in options.items()})
+    return f"--config={inline}" if arg.startswith("--config=") else inline
+
+
 def build_data(config: Any, only: str | None = None) -> DataSet:
     """The data set, or ``only`` one split of it, that a script's configuration names.
 
-    Raises DataError for what is wrong with it.
+    Raises DataError for what is wrong with it, ValueError for options that do not go with it.
     """
-    if config.data_root is None and "root" in inspect.signature(LOADERS[config.dataset]).parameters:
+    options = {
+        "root": config.data_root,
+        "image_root": config.image_root,
+        "annotations": config.annotations,
+        "features": config.features,
+    }
+    accepted = inspect.signature(LOADERS[config.dataset]).parameters
+    if config.data_root is None and "root" in accepted:
         raise ValueError(f"dataset {config.dataset!r} lies on disk: say where with --data-root")
-    return load_dataset(
-        config.dataset,
-        config.data_root,
-        image_root=config.image_root,
-        annotations=config.annotations,
-        features=config.features,
-        on_error=config.on_error,
-        only=only,
-    )
+    for option, value in options.items():
+        if value is not None and option not in accepted:
+            raise ValueError(f"{ON_COMMAND_LINE[option]} is given, but --dataset is {config.dataset}, which takes none")
+    try:
+        return load_dataset(config.dataset, **options, on_error=config.on_error, only=only)
+    except DataError as error:
+        named = re.sub(rf"\b({'|'.join(ON_COMMAND_LINE)})=", lambda match: ON_COMMAND_LINE[match[1]], str(error))
+        raise DataError(named) from error

@@ -344,6 +344,12 @@ def test_unsuitable_official_file(change, message, tmp_path):
         esl_fast.load_checkpoint(tmp_path / "other.pth")
 
 
+def test_a_run_is_no_checkpoint_but_holds_one(tmp_path):
+    esl_fast.save_checkpoint(small_model(), tmp_path / "run" / "best")
+    with pytest.raises(CheckpointError, match=r"did you mean .*run/best\?"):
+        esl_fast.load_checkpoint(tmp_path / "run")
+
+
 @pytest.mark.parametrize("contents", [b"", b"hello", bytes(range(256)) * 9, b"PK\x03\x04" + bytes(99)], ids=len)
 def test_not_a_pytorch_file(tmp_path, contents):
     path = tmp_path / "model.pth"

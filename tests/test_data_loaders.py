@@ -218,13 +218,20 @@ def test_a_val_set_aside_is_the_same_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("only", "there", "missing"), [(None, "test", "train"), (None, "train", "test"), ("test", "train", "test"),
-    ("train", "test", "train"), ("train", "val", "train"), ("val", "test", "train")],
+    ("only", "there", "missing"), [(None, "test", "train"), ("test", "train", "test"), ("train", "test", "train"),
+    ("train", "val", "train"), ("val", "test", "train")],
 )  # fmt: skip
 def test_a_split_that_is_needed_is_named(tmp_path, only, there, missing):
     make_karpathy(tmp_path, [entry(f"{i}.jpg", there) for i in range(4)])
     with pytest.raises(DataError, match=f"no usable image in its {missing} split"):
         load_dataset("karpathy", tmp_path, only=only)
+
+
+@pytest.mark.filterwarnings("ignore:.*no val split")
+def test_training_can_do_without_test(tmp_path):
+    make_karpathy(tmp_path, [entry(f"{i}.jpg", "train") for i in range(20)])
+    with pytest.warns(UserWarning, match="no test split"):
+        assert load_dataset("karpathy", tmp_path).test is None
 
 
 def drop(key):

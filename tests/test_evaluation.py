@@ -74,7 +74,13 @@ def test_metrics_by_hand():
 def test_chance_is_what_random_scores_give():
     owners = torch.arange(250) // 5
     rsums = [recall_metrics(*ranks_from_similarity(torch.rand(50, 250), owners))["rsum"] for _ in range(200)]
-    assert np.mean(rsums) == pytest.approx(chance_rsum(50, 250), rel=0.05)
+    assert np.mean(rsums) == pytest.approx(chance_rsum(owners), rel=0.05)
+
+
+def test_chance_of_uneven_images():
+    owners = torch.tensor([0, 0, 0, 1, 2, 2])
+    rsums = [recall_metrics(*ranks_from_similarity(torch.rand(3, 6), owners))["rsum"] for _ in range(3000)]
+    assert np.mean(rsums) == pytest.approx(chance_rsum(owners), rel=0.01)
 
 
 def test_the_table_holds_every_figure():

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,9 +112,13 @@ def test_evaluation_needs_no_other_split(features_root, tmp_path, capsys):
             results[split, root] = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
         assert results[split, features_root] == results[split, tmp_path / split]
     capsys.readouterr()
-    for given, missing in (("test", "train"), ("val", "train"), ("train", "test")):
+    for given, missing in (("test", "train"), ("val", "train")):
         assert main(options(tmp_path / given, tmp_path, f"--name={given}-only")) == 2
         assert f"no usable image in its {missing} split" in capsys.readouterr().err
+    assert main(options(tmp_path / "train", tmp_path, "--name=train-only", "--epochs=1")) == 0
+    result = json.loads((tmp_path / "train-only" / "results.json").read_text())
+    assert result["split"] == "val"
+    assert result["metrics"]["rsum"] == pytest.approx(result["best_val_rsum"])
     for given, missing in (("train", "test"), ("test", "train")):
         assert evaluate_main([*argv, f"--split={missing}", f"--data-root={tmp_path / given}"]) == 2
         assert f"no usable image in its {missing} split" in capsys.readouterr().err
@@ -403,6 +408,50 @@ def test_a_start_that_failed_leaves_its_name(features_root, tmp_path):
     assert main(right) == 0
 
 
+def test_a_run_that_ended_before_its_first_checkpoint_leaves_its_name(features_root, tmp_path, monkeypatch, capsys):
+    argv = options(features_root, tmp_path, "--epochs=1")
+    with monkeypatch.context() as context:
+        context.setattr(Trainer, "_validate_if_due", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(argv)
+    assert {"metrics.jsonl", "tensorboard", "train.yaml"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    assert main(argv) == 0
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("keep me")
+    assert main([*argv, "--name=mine"]) == 2
+    assert "holds other files" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "keep me"
+
+
+def test_a_test_that_fails_does_not_cost_the_training(pictures_root, tmp_path, capsys):
+    root = tmp_path / "data"
+    shutil.copytree(pictures_root, root)
+    picture = next(r["filename"] for r in json.loads((root / "dataset_tiny.json").read_text())["images"][80:])
+    whole = (root / "images" / picture).read_bytes()
+    (root / "images" / picture).write_bytes(whole[:300])
+    argv = [
+        "--dataset=karpathy", f"--data-root={root}", "--recipe=synthetic", f"--logs={tmp_path}", "--name=run",
+        "--num-levels=3", "--epochs=1", "--batch-size=100",
+    ]  # fmt: skip
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert f"{picture}: cannot be read as an image" in error
+    assert "training is complete and saved" in error
+    (root / "images" / picture).write_bytes(whole)
+    assert main([f"--resume={tmp_path / 'run'}"]) == 0
+    result = json.loads((tmp_path / "run" / "results.json").read_text())
+    (tested,) = (entry for entry in read_metrics(tmp_path / "run") if entry["kind"] == "test")
+    assert tested["step"] == result["best_step"]
+
+
+def test_a_resumed_run_keeps_its_model(features_root, tmp_path, capsys):
+    assert main(options(features_root, tmp_path, "--epochs=1")) == 0
+    assert main([f"--resume={tmp_path / 'run'}", "--similarity=cosine", "--epochs=2"]) == 2
+    error = capsys.readouterr().err
+    assert "similarity was 'esl-heuristic' and is 'cosine'" in error
+    assert len(error.splitlines()) < 4
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(features_root, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(trainer, "contrastive_loss", lambda *a, **k: a[0].sum() * float("nan"))
     assert main(options(features_root, tmp_path)) == 2
@@ -442,6 +491,8 @@ def test_unknown_options_are_named(argv, message, capsys):
         (["--dataset=karpathy", "--data-root=/nowhere"], "/nowhere"),
         (["--model=ViT-Z-99"], "ViT-Z-99"),
         (["--resume=/nowhere"], "nothing to resume"),
+        (["--data-root=/some"], "--data-root is given, but --dataset is synthetic"),
+        (["--dataset=coco", "--data-root=/some", "--features=x.npy"], "--features is given, but --dataset is coco"),
         (["--logs=/proc/nowhere"], "cannot write into /proc/nowhere"),
     ],
 )
@@ -458,6 +509,15 @@ def test_a_config_file_is_overridden_by_the_command_line(tmp_path):
     file.write_text("dataset: features\nepochs: 7\nlr: 0.5\n")
     config = parse([f"--config={file}", "--lr", "0.25"])
     assert (config.epochs, config.lr, config.text_tower) == (7, 0.25, "bag")
+
+
+@pytest.mark.parametrize("form", [lambda file: [f"--config={file}"], lambda file: ["--config", str(file)]])
+def test_a_config_file_may_say_options_as_the_command_line_does(tmp_path, form):
+    file = tmp_path / "run.yaml"
+    file.write_text("batch-size: 33\ndata_root: /some/where\nfreeze-image: true\nhead-lr: 1e-3\n")
+    config = parse(form(file))
+    given = config.batch_size, config.data_root, config.freeze_image, config.head_lr
+    assert given == (33, "/some/where", True, 1e-3)
     file.write_text("dataset: features\nlearning_rate: 7\n")
     with pytest.raises(SystemExit):
         parse([f"--config={file}"])

@@ -1,5 +1,6 @@
 """PyTorch data sets and the sampler of training and evaluation."""
 
+import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -54,6 +55,11 @@ class ImageTensors:
         if self._cache is not None:
             return self._cache[torch.from_numpy(indices)]
         return torch.stack([self[int(index)] for index in indices])
+
+
+def affordable_workers(wanted: int) -> int:
+    """At most as many processes as there are CPUs for them."""
+    return min(wanted, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def tokenize_all(captions: list[str], tokenize: Callable[[list[str]], Tensor]) -> Tensor:

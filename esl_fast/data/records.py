@@ -49,8 +49,8 @@ class Problems:
 
     def __str__(self) -> str:
         if not self.skipped:
-            return "nothing was skipped"
-        return f"{self.skipped} records or captions were skipped, the first because of: {self.first}"
+            return ""
+        return f": {self.skipped} records or captions were skipped, the first because of: {self.first}"
 
 
 def existing_file(path: str | Path) -> Path:
@@ -206,7 +206,8 @@ def assemble(
     """Group records into the splits `needed`; `open_images(split, sources)` gives the images of one.
 
     Under "skip" every image is read once, so that those which cannot be decoded are left out too.
-    Where train is needed, a missing val split is set aside from it; another missing split is a DataError.
+    Where train is needed, a missing val split is set aside from it, and one may do without test; another missing split
+    is a DataError.
     """
     splits = {}
     for split in needed:
@@ -218,12 +219,14 @@ def assemble(
         if chosen:
             captions = [record.captions for record in chosen]
             splits[split] = Split.from_lists(split, images, captions, [record.image_id for record in chosen])
+        elif split == "test" and "train" in needed and not any(record.split == split for record in records):
+            warnings.warn(f"data set '{name}' has no test split: there will be no test", stacklevel=2)
         elif split != "val" or "train" not in needed:
-            raise DataError(f"data set '{name}' has no usable image in its {split} split; {problems}")
+            raise DataError(f"data set '{name}' has no usable image in its {split} split{problems}")
     if "val" in needed and "val" not in splits:
         splits["train"], splits["val"] = carve_validation(splits["train"], seed)
     if problems.skipped:
-        warnings.warn(f"data set '{name}': {problems}", stacklevel=2)
+        warnings.warn(f"data set '{name}'{problems}", stacklevel=2)
     splits = dict.fromkeys(SPLITS) | splits
     return DataSet(name, **splits, image_kind=image_kind, feature_dim=feature_dim, skipped=problems.skipped)
 

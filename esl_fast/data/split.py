@@ -100,7 +100,7 @@ class DataSet:
 
     Attributes:
         name: as given to `load_dataset`.
-        train, val, test: the splits; None where only another one was asked for.
+        train, val, test: the splits; None where only another one was asked for; a set may lack test.
         image_kind: "pixels" (pictures), "features" (one vector an image) or "regions" (R vectors an image).
         feature_dim: F of features and regions, None for pixels.
         skipped: records and captions left out because they could not be used (`on_error="skip"`).

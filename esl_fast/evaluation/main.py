@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from esl_fast.evaluation.metrics import chance_rsum
 from esl_fast.evaluation.protocol import evaluate
 from esl_fast.evaluation.report import table
 from esl_fast.model import MatchingModel, load_checkpoint
@@ -134,7 +133,6 @@ def run(config: EvaluateConfig) -> int:
         "dataset": config.dataset,
         "split": config.split,
         "skipped": data.skipped,
-        "chance_rsum": chance_rsum(result["images"], result["captions"]),
     }
     print(f"{config.dataset} {config.split}, {result['images']} images x {result['captions']} captions")
     rows = {"all": result["metrics"]}

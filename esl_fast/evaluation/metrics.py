@@ -36,13 +36,16 @@ def mean_metrics(folds: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: float(np.mean([fold[name] for fold in folds])) for name in folds[0]}
 
 
-def chance_rsum(images: int, captions: int) -> float:
-    """Expected rsum of a random similarity where every image owns as many captions."""
-    per_image = captions // images
-    misses = {
-        k: np.prod([(captions - per_image - i) / (captions - i) for i in range(min(k, captions))]) for k in CUTOFFS
-    }
-    return float(sum(100 * (1 - misses[k]) + 100 * min(1, k / images) for k in CUTOFFS))
+def chance_rsum(owners: Tensor | np.ndarray) -> float:
+    """Expected rsum of a random similarity; ``owners (M,)`` names each caption's image, and each image has some."""
+    owned = np.bincount(np.asarray(owners))  # captions an image
+    images, captions = len(owned), int(owned.sum())
+    total = 0.0
+    for k in CUTOFFS:
+        drawn = np.arange(min(k, captions))[:, None]
+        misses = np.clip((captions - owned - drawn) / (captions - drawn), 0, None).prod(0)
+        total += 100 * (1 - misses.mean()) + 100 * min(1, k / images)
+    return float(total)
 
 
 def ranks_from_similarity(similarity: Tensor | np.ndarray, owners: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:

@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from esl_fast.data import ImageDataset, Split
-from esl_fast.data.pairs import tokenize_all
+from esl_fast.data.pairs import affordable_workers, tokenize_all
 from esl_fast.evaluation.combined import mean_scores, reranked
-from esl_fast.evaluation.metrics import mean_metrics, recall_metrics
+from esl_fast.evaluation.metrics import chance_rsum, mean_metrics, recall_metrics
 from esl_fast.model import MatchingModel
 from esl_fast.model.scores import InnerProducts, Scores
 from esl_fast.model.sequences import Features, Sequences, concatenate, vectors_of
@@ -54,7 +54,8 @@ class Encoder:
 
     def __init__(self, split: Split, batch_size: int = 256, workers: int = 0, cache_bytes: int = 0) -> None:
         self.split = split.limit_captions(CAPTIONS_PER_IMAGE)
-        self.batch_size, self.workers, self.cache_bytes = batch_size, workers, cache_bytes
+        self.batch_size, self.cache_bytes = batch_size, cache_bytes
+        self.workers = affordable_workers(workers)
         self._images: ImageDataset | None = None
         self._tokens: Tensor | None = None
 
@@ -118,7 +119,8 @@ def evaluate(
     """Metrics of one model, or of the ensemble of several: their similarity matrices averaged.
 
     Args:
-        models: functions that load a model each, called one after the other so that one is in memory at a time.
+        models: functions that load a model each, called one after the other so that one is in memory at a time (two
+            where one makes shortlists).
         split: what to evaluate on; the first five captions of each image count.
         five_folds: also average over folds of 1,000 images (COCO 1K).
         save_similarity: ``.npy`` file for the matrix ``(N, M)``.
@@ -127,7 +129,7 @@ def evaluate(
         shortlist: loads the model of the first stage; without it, the cosine of the re-ranking model's mean vectors.
 
     Returns:
-        ``{"images", "captions", "metrics": {...}}`` and, with folds, ``"five_folds": {...}``.
+        ``{"images", "captions", "metrics": {...}, "chance_rsum"}`` and, with folds, ``"five_folds": {...}``.
 
     Raises:
         ValueError: non-finite features, naming the rows, a split too small for folds, or models that cannot re-rank.
@@ -152,9 +154,15 @@ def evaluate(
         if rerank is not None:
             first = _shortlist(features, shortlist, encoder_of, precision)
             parts[-1].scores = reranked(parts[-1].scores, first, rerank)
+        del model
     sides = SplitScores(mean_scores([part.scores for part in parts]), parts[0].owners)
     images, captions = sides.scores.shape
-    result = {"images": images, "captions": captions, "metrics": sides.metrics()}
+    result = {
+        "images": images,
+        "captions": captions,
+        "metrics": sides.metrics(),
+        "chance_rsum": chance_rsum(sides.owners.cpu()),
+    }
     if five_folds:
         starts = range(0, FOLDS * FOLD_IMAGES, FOLD_IMAGES)
         result["five_folds"] = mean_metrics([sides.fold(start, start + FOLD_IMAGES).metrics() for start in starts])

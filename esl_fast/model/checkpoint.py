@@ -130,7 +130,8 @@ def load_checkpoint(path: str | Path) -> MatchingModel:
 def _load_own(folder: Path) -> MatchingModel:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} is not a checkpoint: it has no {name}")
+            hint = f"; did you mean {folder / 'best'}?" if (folder / "best" / name).is_file() else ""
+            raise CheckpointError(f"{folder} is not a checkpoint: it has no {name}{hint}")
     try:
         config = ModelConfig(**json.loads((folder / CONFIG).read_text()))
         weights = load_file(folder / WEIGHTS)

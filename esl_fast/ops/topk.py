@@ -8,7 +8,6 @@ from esl_fast._autocast import without_autocast
 from esl_fast.ops import checks
 from esl_fast.ops.backend import use_kernels
 
-
 MOST = 1024  # that the kernel keeps of a query; they lie in registers
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from datetime import datetime
 
-from esl_fast.evaluation import chance_rsum, table
+from esl_fast.evaluation import table
 from esl_fast.model.towers import pick_device
 from esl_fast.scripts import build_data, reporting_errors
 from esl_fast.training.build import build_model, seed_everything
@@ -41,8 +41,9 @@ def train(config: TrainConfig) -> int:
         steps = f"nothing left to train at step {trainer.step} of {trainer.total_steps}"
     elif resuming:
         steps = f"from step {trainer.step} of {steps}"
+    tested = 0 if data.test is None else len(data.test)
     print(
-        f"{data.name}: {len(data.train)} / {len(data.val)} / {len(data.test)} images to train / validate / test"
+        f"{data.name}: {len(data.train)} / {len(data.val)} / {tested} images to train / validate / test"
         f"{f', {data.skipped} records skipped' if data.skipped else ''}; {config.similarity} on {device}, "
         f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trained parameters; {steps}; run {run}"
     )
@@ -56,11 +57,13 @@ def train(config: TrainConfig) -> int:
             file=sys.stderr,
         )
         return 128 + interrupt.signal
-    chance = chance_rsum(result["images"], result["captions"])
-    picture = draw_curves(run, chance)
-    (run / RESULTS).write_text(json.dumps(result | {"split": "test", "chance_rsum": chance}, indent=2) + "\n")
-    print(f"\ntest, {result['images']} images x {result['captions']} captions (best checkpoint by validation rsum)")
+    picture = draw_curves(run, result["chance_rsum"])
+    (run / RESULTS).write_text(json.dumps(result, indent=2) + "\n")
+    print(
+        f"\n{result['split']}, {result['images']} images x {result['captions']} captions "
+        f"(best checkpoint by validation rsum: {result['best_val_rsum']:.1f} at step {result['best_step']})"
+    )
     print(table({config.similarity: result["metrics"]}))
     seconds = time.perf_counter() - started
-    print(f"chance rsum {chance:.1f}; {seconds:.0f} s; curves {picture}; checkpoint {run / 'best'}")
+    print(f"chance rsum {result['chance_rsum']:.1f}; {seconds:.0f} s; curves {picture}; checkpoint {run / 'best'}")
     return 0

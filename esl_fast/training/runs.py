@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Iterator
@@ -10,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from esl_fast.model.checkpoint import existing, replace_text
+from esl_fast.training.config import CONFIG_FILE
 
 METRICS, RESULTS, CURVES = "metrics.jsonl", "results.json", "curves.png"
-LAST, BEST = "last", "best"
+LAST, BEST, BOARD = "last", "best", "tensorboard"
+# What a run may leave that ended before its first checkpoint.
+LEFTOVERS = {METRICS, BOARD, CONFIG_FILE}
 
 
 def find_run(resume: str, logs: str) -> Path:
@@ -40,10 +44,15 @@ def create_run(logs: str, name: str) -> Path:
     run = Path(logs) / name
     try:
         run.mkdir(parents=True, exist_ok=True)
-        if any(path.name != METRICS or path.stat().st_size for path in run.iterdir()):
+        if existing(run / LAST).exists():
             raise FileExistsError(
                 f"{run} holds a run already: choose another --name, or continue it with --resume {run}"
             )
+        left = [path for path in run.iterdir() if ".tmp" not in path.name]
+        if any(path.name not in LEFTOVERS for path in left):
+            raise FileExistsError(f"{run} holds other files: choose another --name")
+        for path in run.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         (run / METRICS).touch()
     except FileExistsError:
         raise
@@ -62,7 +71,7 @@ class RunLog:
         if resumed_step is not None:
             kept = [entry for entry in read_metrics(run) if entry["step"] <= resumed_step]
             replace_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
-        self._board = SummaryWriter(run / "tensorboard", purge_step=resumed_step and resumed_step + 1)
+        self._board = SummaryWriter(run / BOARD, purge_step=resumed_step and resumed_step + 1)
         self._failed: set[str] = set()
 
     def write(self, kind: str, step: int, **values: Any) -> None:
@@ -111,7 +120,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def draw_curves(run: Path, chance: float) -> Path:
-    """Loss, validation recall and rsum over the steps as a picture."""
+    """Loss, validation recall and rsum over the steps as a picture; ``chance`` is the rsum of a random similarity."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -127,11 +136,11 @@ def draw_curves(run: Path, chance: float) -> Path:
         for k in (1, 5, 10):
             recall.plot(steps, [e[f"{way}_r{k}"] for e in of["val"]], style, label=f"{way} R@{k}")
     recall.set(title="validation recall (%)", xlabel="step", ylim=(0, 100))
-    recall.legend(fontsize="small")
+    recall.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     rsum.plot(steps, [e["rsum"] for e in of["val"]], label="validation")
     for entry in of["test"]:
         rsum.plot(entry["step"], entry["rsum"], "o", label=f"test: {entry['rsum']:.1f}")
-    rsum.axhline(chance, color="grey", linestyle=":", label=f"chance on test: {chance:.1f}")
+    rsum.axhline(chance, color="grey", linestyle=":", label=f"chance: {chance:.1f}")
     rsum.set(title="rsum", xlabel="step", ylim=(0, None))
     rsum.legend(fontsize="small")
     path = run / CURVES

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from esl_fast.data import DataSet, EpochSampler, PairDataset, SizeAugmentation
+from esl_fast.data import DataError, DataSet, EpochSampler, PairDataset, SizeAugmentation
+from esl_fast.data.pairs import affordable_workers
 from esl_fast.evaluation import Encoder, evaluate
 from esl_fast.evaluation.protocol import autocast
 from esl_fast.model import MatchingModel, load_checkpoint
@@ -30,8 +31,11 @@ from esl_fast.training.state import read_state, write_state
 
 # What a checkpoint remembers of the trainer itself.
 PROGRESS = (
-    "step", "steps_per_epoch", "best_rsum", "unsaved_rsum", "evals_since_best", "latest_r1", "validated_step",
+    "step", "steps_per_epoch", "best_rsum", "best_step", "unsaved_rsum", "evals_since_best", "latest_r1",
+    "validated_step",
 )  # fmt: skip
+# Options of a model that one may give beside a run to resume, and may not change.
+OPTIONS = ("similarity", "kernel_size", "num_levels", "embed_dim", "text_tower")
 
 
 class Trainer:
@@ -62,8 +66,8 @@ class Trainer:
         evaluations = min(config.evals_per_epoch, self.steps_per_epoch)
         self.eval_points = {round(k * self.steps_per_epoch / evaluations) for k in range(1, evaluations + 1)}
         self.validation = Encoder(data.val, config.eval_batch_size, config.workers, cache_bytes=1 << 30)
-        self.step, self.best_rsum, self.evals_since_best, self.latest_r1 = 0, -1.0, 0, 0.0
-        self.unsaved_rsum = -1.0
+        self.step, self.evals_since_best, self.latest_r1 = 0, 0, 0.0
+        self.best_rsum, self.best_step, self.unsaved_rsum = -1.0, 0, -1.0
         self.validated_step = -1
         if resume:
             self._restore()
@@ -71,7 +75,11 @@ class Trainer:
         self.interrupts = Interrupts()
 
     def fit(self) -> dict[str, Any]:
-        """Train to the end and evaluate the best checkpoint on the test split; returns its metrics.
+        """Train to the end and evaluate the best checkpoint on the test split, or on validation where there is none.
+
+        Returns:
+            What :func:`esl_fast.evaluation.evaluate` says, ``split``, and of the best checkpoint ``best_step`` and
+            ``best_val_rsum``.
 
         Raises:
             Interrupted: on Ctrl-C or SIGTERM, after saving.
@@ -97,17 +105,28 @@ class Trainer:
                 f"{self.run / BEST} is of rsum {self.best_rsum:.1f}",
                 stacklevel=2,
             )
-        result = evaluate(
-            [lambda: load_checkpoint(self.run / BEST).to(self.device)],
-            self.data.test,
-            batch_size=self.config.eval_batch_size,
-            workers=self.config.workers,
-            precision=self.config.precision,
-        )
-        if not any(entry["kind"] == "test" and entry["step"] == self.step for entry in read_metrics(self.run)):
-            self.log.write("test", self.step, **result["metrics"])
+        result = self._test()
         self.log.close()
-        return result
+        return result | {"best_step": self.best_step, "best_val_rsum": self.best_rsum}
+
+    def _test(self) -> dict[str, Any]:
+        split = self.data.val if self.data.test is None else self.data.test
+        try:
+            result = evaluate(
+                [lambda: load_checkpoint(self.run / BEST).to(self.device)],
+                split,
+                batch_size=self.config.eval_batch_size,
+                workers=self.config.workers,
+                precision=self.config.precision,
+            )
+        except DataError as error:
+            raise DataError(
+                f"{error}; training is complete and saved: once that is mended, --resume {self.run} evaluates"
+            ) from error
+        known = (entry for entry in read_metrics(self.run) if entry["kind"] == "test")
+        if split is self.data.test and not any(entry["step"] == self.best_step for entry in known):
+            self.log.write("test", self.best_step, **result["metrics"])
+        return result | {"split": split.name}
 
     def _exhausted(self) -> bool:
         return 0 < self.config.patience <= self.evals_since_best
@@ -122,7 +141,7 @@ class Trainer:
             self.config.batch_size,
             sampler=sampler,
             drop_last=True,
-            num_workers=self.config.workers,
+            num_workers=affordable_workers(self.config.workers),
             pin_memory=self.device.type == "cuda",
             # The loader's own draw must not disturb the generators that a resumed run restores.
             generator=torch.Generator(),
@@ -253,7 +272,7 @@ class Trainer:
             f"{' *' if better else ''}"
         )
         if better and self._save(BEST):
-            self.best_rsum = metrics["rsum"]
+            self.best_rsum, self.best_step = metrics["rsum"], self.step
         elif better:
             self.unsaved_rsum = max(self.unsaved_rsum, metrics["rsum"])
         self._save(LAST)
@@ -280,7 +299,12 @@ class Trainer:
     def _restore(self) -> None:
         folder = existing(self.run / LAST)
         try:
-            self.model.load_state_dict(load_checkpoint(folder).state_dict())
+            saved = load_checkpoint(folder)
+            was, now = saved.config.to_dict(), self.model.config.to_dict()
+            other = [f"{key} was {was[key]!r} and is {now[key]!r}" for key in OPTIONS if was[key] != now[key]]
+            if other:
+                raise ValueError("; ".join(other))
+            self.model.load_state_dict(saved.state_dict())
             progress = read_state(folder, self.model, self.optimizer)
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"cannot resume from {folder}: {error}") from error

@@ -117,4 +117,4 @@ def test_second_order_gradients_see_no_padding(device):
     x, y = (t.detach().double().requires_grad_() for t in (a, b))
     (first,) = torch.autograd.grad(((x @ y.mT) ** 2).sum(), y, create_graph=True)
     for grad, wanted in zip(found, torch.autograd.grad((first**2).sum(), (x, y)), strict=True):
-        torch.testing.assert_close(grad.double(), wanted, rtol=1e-5, atol=1e-3)
+        assert (grad - wanted).norm() <= 1e-5 * wanted.norm()

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -103,3 +105,12 @@ def test_gallery_of_lower_precision(device):
     with esl_fast.use_backend("triton"):
         found = esl_fast.topk(queries, gallery, 9)
     assert_same(found, reference(queries @ gallery.float().mT, 9))
+
+
+def test_more_than_the_kernel_keeps(device, monkeypatch):
+    monkeypatch.setattr(sys.modules["esl_fast.ops.topk"], "MOST", 4)
+    queries, gallery = units(9, 5, device), units(40, 5, device, 1)
+    expected = reference(queries @ gallery.mT, 5)
+    assert all(map(torch.equal, esl_fast.topk(queries, gallery, 5), expected))
+    with pytest.raises(ValueError, match="k is True"):
+        esl_fast.topk(queries, gallery, True)
