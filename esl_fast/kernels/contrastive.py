@@ -480,7 +480,8 @@ def contrastive_forward(
     with on_device_of(image_units):
         plan = make_plan(image_units, folded_text_units, sweep=True)
         row_groups, col_groups = sweeps(plan)
-        launch = {"MODE": mode, **plan.constants, **launch_options(plan.config)}
+        grid = row_groups * col_groups, 1, 1
+        constants = {"MODE": mode, **plan.constants, **launch_options(plan.config)}
         sizes = (*plan.sizes, row_groups, col_groups)
         factor = logit_scale * LOG2E.value
         diagonal, guess = paired_scores(plan, factor)
@@ -497,26 +498,38 @@ def contrastive_forward(
             zeros = torch.zeros(4 + col_groups * n, dtype=torch.float32, device=device)
             bad, row_sums = zeros[:1], zeros[4:]  # both aligned
             col_sums, totals = empty(row_groups, m), empty(n + m)
-            _sums_kernel[(row_groups * col_groups,)](
-                *plan.operands, logit_scale, guess, image_ids, text_ids, row_sums, col_sums, row_positives,
-                col_positives, *sizes, WARPS=plan.warps, FLATTEN=plan.flatten and mode == DIAGONAL, **launch,
+            launch(
+                _sums_kernel, grid,
+                (
+                    *plan.operands, logit_scale, guess, image_ids, text_ids, row_sums, col_sums, row_positives,
+                    col_positives, *sizes,
+                ),
+                {"WARPS": plan.warps, "FLATTEN": plan.flatten and mode == DIAGONAL, **constants},
             )  # fmt: skip
-            _total_kernel[(cdiv(n + m, FINISH_BLOCK),)](
-                row_sums, col_sums, guess, totals, bad, n, m, row_groups, col_groups,
-                BLOCK=FINISH_BLOCK, num_warps=4, enable_fp_fusion=True,
+            launch(
+                _total_kernel, (cdiv(n + m, FINISH_BLOCK), 1, 1),
+                (row_sums, col_sums, guess, totals, bad, n, m, row_groups, col_groups),
+                {"BLOCK": FINISH_BLOCK, "num_warps": 4, "enable_fp_fusion": True},
             )  # fmt: skip
         row_parts, col_parts = empty(2, col_groups, n), empty(2, row_groups, m)
-        _online_kernel[(row_groups * col_groups,)](
-            *plan.operands, logit_scale, bad, image_ids, text_ids, row_parts, col_parts, row_positives,
-            col_positives, *sizes, **launch,
+        launch(
+            _online_kernel, grid,
+            (
+                *plan.operands, logit_scale, bad, image_ids, text_ids, row_parts, col_parts, row_positives,
+                col_positives, *sizes,
+            ),
+            constants,
         )  # fmt: skip
         center, unit, losses = empty(), empty(), empty(finishing)
         on_diagonal, besides = (empty(0), empty(0)) if mode == POSITIVE else (empty(n), empty(finishing))
-        _finish_kernel[(finishing,)](
-            logit_scale, guess, bad, totals, row_parts, col_parts, row_positives, col_positives, row_counts,
-            col_counts, diagonal, weights, row_terms, col_terms, row_targets, col_targets, on_diagonal, losses,
-            besides, center, unit, n, m, row_groups, col_groups,
-            MODE=mode, BLOCK=FINISH_BLOCK, num_warps=4, enable_fp_fusion=True,
+        launch(
+            _finish_kernel, (finishing, 1, 1),
+            (
+                logit_scale, guess, bad, totals, row_parts, col_parts, row_positives, col_positives, row_counts,
+                col_counts, diagonal, weights, row_terms, col_terms, row_targets, col_targets, on_diagonal, losses,
+                besides, center, unit, n, m, row_groups, col_groups,
+            ),
+            {"MODE": mode, "BLOCK": FINISH_BLOCK, "num_warps": 4, "enable_fp_fusion": True},
         )  # fmt: skip
         return losses.sum(), center, row_terms, col_terms, row_targets, col_targets, on_diagonal, besides, unit
 
@@ -570,28 +583,17 @@ def contrastive_backward(
             last = min(n, first + CHUNK)
             gradient = scratch[: last - first]
             programs = min(plan.programs, cdiv(last - first, plan.config.rows) * plan.col_blocks)
-            _gradient_kernel[(programs,)](
-                *plan.operands,
-                logit_scale,
-                center,
-                row_terms,
-                col_terms,
-                row_target,
-                col_target,
-                image_ids,
-                text_ids,
-                output(plan, gradient),
-                scale_parts[chunk],
-                *plan.sizes,
-                first,
-                last,
-                scratch.stride(0),
-                MODE=mode,
-                GROUP=GROUP,
-                FLATTEN=plan.flatten and mode == DIAGONAL,
-                **plan.constants,
-                **launch_options(plan.config),
-            )
+            launch(
+                _gradient_kernel, (programs, 1, 1),
+                (
+                    *plan.operands, logit_scale, center, row_terms, col_terms, row_target, col_target, image_ids,
+                    text_ids, output(plan, gradient), scale_parts[chunk], *plan.sizes, first, last, scratch.stride(0),
+                ),
+                {
+                    "MODE": mode, "GROUP": GROUP, "FLATTEN": plan.flatten and mode == DIAGONAL, **plan.constants,
+                    **launch_options(plan.config),
+                },
+            )  # fmt: skip
             if mode != POSITIVE:
                 gradient.diagonal(first).copy_(on_diagonal[first:last])
             if needs_image:

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from esl_fast.kernels._common import cdiv
+from esl_fast.kernels._launch import launch
 from esl_fast.kernels.inspect import TARGETS, CompileCase
 from esl_fast.kernels.tile import Plan, dot_precision, launch_options, row_product, tile_config, tile_constants
 
@@ -83,9 +84,13 @@ def _launch(
     n, m, units, *strides = plan.sizes
     pairs = min(n, m) if owners is None else m
     constants = {key: plan.constants[key] for key in ("DEPTH", "PRECISION", "UPCAST")}
-    _paired_kernel[(cdiv(pairs, PAIRS),)](
-        *plan.tensors, owners, scores, best, ranks, factor, lowest, n, pairs, units, *strides,
-        PAIRS=PAIRS, OWNED=owners is not None, **constants, **launch_options(plan.config) | {"num_warps": 4},
+    launch(
+        _paired_kernel, (cdiv(pairs, PAIRS), 1, 1),
+        (*plan.tensors, owners, scores, best, ranks, factor, lowest, n, pairs, units, *strides),
+        {
+            "PAIRS": PAIRS, "OWNED": owners is not None, **constants,
+            **launch_options(plan.config) | {"num_warps": 4},
+        },
     )  # fmt: skip
 
 

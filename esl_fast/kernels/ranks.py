@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from esl_fast.kernels._common import cdiv, on_device_of
+from esl_fast.kernels._launch import launch
 from esl_fast.kernels._op import op
 from esl_fast.kernels.inspect import CompileCase
 from esl_fast.kernels.paired import score_owned
@@ -150,26 +151,20 @@ def retrieval_ranks(image_units: Tensor, folded_text_units: Tensor, owners: Tens
             torch.empty(blocks * size, dtype=torch.float32, device=owners.device)
             for blocks, size in ((plan.row_blocks, config.rows), (plan.col_blocks, config.cols))
         )
-        _start_kernel[(cdiv(max(n, m), START_BLOCK),)](
-            best, image_ranks, text_ranks, n, m, BLOCK=START_BLOCK, num_warps=4
-        )
+        launch(
+            _start_kernel, (cdiv(max(n, m), START_BLOCK), 1, 1), (best, image_ranks, text_ranks, n, m),
+            {"BLOCK": START_BLOCK, "num_warps": 4},
+        )  # fmt: skip
         score_owned(plan, owners, positives, best, image_ranks)
         row_groups, col_groups = sweeps(plan)
-        _count_kernel[(row_groups * col_groups,)](
-            *plan.operands,
-            best,
-            positives,
-            image_ranks,
-            text_ranks,
-            *plan.sizes,
-            row_groups,
-            col_groups,
-            WARPS=plan.warps,
-            SIGNS=target_of(image_units.device) in UNSIGNED_NAN,
-            FLATTEN=plan.flatten,
-            **plan.constants,
-            **launch_options(config),
-        )
+        launch(
+            _count_kernel, (row_groups * col_groups, 1, 1),
+            (*plan.operands, best, positives, image_ranks, text_ranks, *plan.sizes, row_groups, col_groups),
+            {
+                "WARPS": plan.warps, "SIGNS": target_of(image_units.device) in UNSIGNED_NAN, "FLATTEN": plan.flatten,
+                **plan.constants, **launch_options(config),
+            },
+        )  # fmt: skip
         return image_ranks, text_ranks
 
 

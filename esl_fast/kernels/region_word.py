@@ -35,6 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from esl_fast.kernels._common import PADDING, cdiv, next_power_of_2, on_device_of
+from esl_fast.kernels._launch import launch
 from esl_fast.kernels._op import op
 from esl_fast.kernels.inspect import CompileCase
 
@@ -367,9 +368,10 @@ def _gather(units: Tensor, rows: Tensor) -> Tensor:
     _, group, width = units.shape
     out = torch.empty((len(rows), cdiv(width, PADDING) * PADDING), dtype=units.dtype, device=units.device)
     with on_device_of(units):
-        _gather_kernel[(len(rows),)](
-            units, rows, out, width, group, *units.stride(), out.stride(0),
-            BLOCK=next_power_of_2(out.shape[1]), num_warps=4,
+        launch(
+            _gather_kernel, (len(rows), 1, 1),
+            (units, rows, out, width, group, *units.stride(), out.stride(0)),
+            {"BLOCK": next_power_of_2(out.shape[1]), "num_warps": 4},
         )  # fmt: skip
     return out
 
@@ -415,11 +417,16 @@ def _forward(
             products = buffer[: block.rows * len(columns)].view(block.rows, len(columns))
             torch.mm(words, columns.mT, out=products)
             with on_device_of(region_units):
-                _reduce[(block.count * image_blocks,)](
-                    products, smooth, order, lengths, offsets, region_lengths, out, out.stride(0), out.stride(1),
-                    images, regions, first, block.first, image_blocks, len(columns),
-                    WORDS=block.words, IMAGES=lanes, LENGTHS=region_lengths is not None,
-                    EXACT=_exact(region_units), num_warps=warps, enable_fp_fusion=True,
+                launch(
+                    _reduce, (block.count * image_blocks, 1, 1),
+                    (
+                        products, smooth, order, lengths, offsets, region_lengths, out, out.stride(0), out.stride(1),
+                        images, regions, first, block.first, image_blocks, len(columns),
+                    ),
+                    {
+                        "WORDS": block.words, "IMAGES": lanes, "LENGTHS": region_lengths is not None,
+                        "EXACT": _exact(region_units), "num_warps": warps, "enable_fp_fusion": True,
+                    },
                 )  # fmt: skip
     return out
 
@@ -468,12 +475,18 @@ def _backward(
             lanes, warps = _tile(block.words, images)
             image_blocks = cdiv(images, lanes)
             with on_device_of(region_units):
-                _reduce_backward[(block.count * image_blocks,)](
-                    products[block.row :], smooth, order, lengths, offsets, region_lengths,
-                    grad, grad.stride(0), grad.stride(1), partial[index, program:],
-                    images, regions, max_words, first, block.first, image_blocks, len(columns),
-                    WORDS=block.words, IMAGES=lanes, LENGTHS=region_lengths is not None,
-                    EXACT=_exact(region_units), PADDED=not histogram, num_warps=warps, enable_fp_fusion=True,
+                launch(
+                    _reduce_backward, (block.count * image_blocks, 1, 1),
+                    (
+                        products[block.row :], smooth, order, lengths, offsets, region_lengths,
+                        grad, grad.stride(0), grad.stride(1), partial[index, program:],
+                        images, regions, max_words, first, block.first, image_blocks, len(columns),
+                    ),
+                    {
+                        "WORDS": block.words, "IMAGES": lanes, "LENGTHS": region_lengths is not None,
+                        "EXACT": _exact(region_units), "PADDED": not histogram, "num_warps": warps,
+                        "enable_fp_fusion": True,
+                    },
                 )  # fmt: skip
             program += block.count * image_blocks
         if for_regions:

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from esl_fast.kernels._common import INTERPRETING, next_power_of_2, on_device_of, padded_rows
+from esl_fast.kernels._launch import launch
 from esl_fast.kernels._op import op
 from esl_fast.kernels.inspect import CompileCase
 from esl_fast.kernels.similarity import multiply
@@ -77,17 +78,11 @@ def topk_update(keys: Tensor, query_units: Tensor, gallery_units: Tensor, offset
             for g in range(0, gallery, GALLERY_BLOCK):
                 items = gallery_units[g : g + GALLERY_BLOCK].to(query_units.dtype)
                 multiply(block, items, scratch[: block.shape[0], : items.shape[0]])
-                _select_kernel[(block.shape[0],)](
-                    scratch,
-                    keys[q : q + QUERY_BLOCK],
-                    items.shape[0],
-                    k,
-                    scratch.stride(0),
-                    offset + g,
-                    BLOCK=GALLERY_BLOCK,
-                    SLOTS=next_power_of_2(k),
-                    num_warps=SELECT_WARPS,
-                )
+                launch(
+                    _select_kernel, (block.shape[0], 1, 1),
+                    (scratch, keys[q : q + QUERY_BLOCK], items.shape[0], k, scratch.stride(0), offset + g),
+                    {"BLOCK": GALLERY_BLOCK, "SLOTS": next_power_of_2(k), "num_warps": SELECT_WARPS},
+                )  # fmt: skip
 
 
 @topk_update.register_fake
