@@ -155,52 +155,23 @@ class ImageDataset(Dataset):
 class EpochSampler(Sampler[int]):
     """The order of one epoch, a function of (seed, epoch) alone, so that a run can resume in the middle of it.
 
-    Of several processes, each gets num_items // world_size items that no other has.
-
     Args:
         num_items: length of the data set.
         seed: of the whole run.
         epoch: counted from 0.
-        start: how many items this process has already consumed in this epoch.
-        shuffle: False keeps the order of the data set.
-        rank, world_size: this process and the number of processes.
+        start: how many items have already been consumed in this epoch.
     """
 
-    def __init__(
-        self,
-        num_items: int,
-        seed: int = 0,
-        epoch: int = 0,
-        start: int = 0,
-        shuffle: bool = True,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be in 0..{world_size - 1}, got {rank}")
-        self.num_items = num_items
-        self.seed = seed
-        self.shuffle = shuffle
-        self.rank = rank
-        self.world_size = world_size
-        self.set_epoch(epoch, start)
-
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch, and where in it the next iteration begins."""
-        if not 0 <= start <= self.num_items // self.world_size:
-            raise ValueError(f"start must be in 0..{self.num_items // self.world_size}, got {start}")
-        self.epoch = epoch
-        self.start = start
+    def __init__(self, num_items: int, seed: int, epoch: int, start: int = 0):
+        if not 0 <= start <= num_items:
+            raise ValueError(f"start must be in 0..{num_items}, got {start}")
+        self.num_items, self.seed, self.epoch, self.start = num_items, seed, epoch, start
 
     def __len__(self) -> int:
-        return self.num_items // self.world_size - self.start
+        return self.num_items - self.start
 
     def __iter__(self) -> Iterator[int]:
-        if self.shuffle:
-            # mixed, so that (seed, epoch + 1) is not (seed + 1, epoch)
-            state = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)
-            order = torch.randperm(self.num_items, generator=torch.Generator().manual_seed(int(state[0])))
-        else:
-            order = torch.arange(self.num_items)
-        even = self.num_items - self.num_items % self.world_size
-        return iter(order[self.rank : even : self.world_size][self.start :].tolist())
+        # mixed, so that (seed, epoch + 1) is not (seed + 1, epoch)
+        state = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)
+        order = torch.randperm(self.num_items, generator=torch.Generator().manual_seed(int(state[0])))
+        return iter(order[self.start :].tolist())

@@ -118,35 +118,27 @@ def topk(query_units: Tensor, gallery_units: Tensor, k: int) -> tuple[Tensor, Te
 
 
 @torch.no_grad()
-def topk_stream(
-    query_units: Tensor, gallery: Tensor | Iterable[tuple[int, Tensor]], k: int, block: int = STREAM_BLOCK
-) -> tuple[Tensor, Tensor]:
-    """As :func:`topk` for a gallery that need not fit the GPU.
+def topk_stream(query_units: Tensor, gallery_units: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """As :func:`topk` for a gallery on the CPU (pageable, pinned or memory-mapped), which need not fit the GPU.
 
-    ``gallery`` is a CPU tensor ``(G, U)`` (pageable, pinned or memory-mapped), taken ``block`` rows at a time, or an
-    iterable of ``(offset, units)``: blocks of any size in any order, ``units[i]`` being item ``offset + i``, each item
-    once. On a GPU blocks pass through two pinned buffers and are copied on a stream of their own while the previous
-    block is scored. Raises ValueError as :func:`topk` does, in the end if the blocks held fewer than ``k`` items.
+    On a GPU blocks pass through two pinned buffers and are copied on a stream of their own while the previous block is
+    scored.
     """
-    if isinstance(gallery, Tensor):
-        whole = gallery
-        gallery = ((start, whole[start : start + block]) for start in range(0, whole.shape[0], block))
-    _check_k(k, None)
+    check_operands(query_units, gallery_units[:0].to(query_units.device, query_units.dtype))
+    _check_k(k, gallery_units.shape[0])
     keys = _first_keys(query_units.shape[0], k, query_units.device)
-    seen = 0
+    blocks = (
+        (start, gallery_units[start : start + STREAM_BLOCK]) for start in range(0, gallery_units.shape[0], STREAM_BLOCK)
+    )
     with on_device_of(query_units):
-        blocks = _to_gpu(gallery, query_units.device) if query_units.is_cuda else gallery
-        for offset, units in blocks:
-            check_operands(query_units, units[:0].to(query_units.dtype))
-            seen += units.shape[0]
+        for offset, units in _to_gpu(blocks, query_units.device) if query_units.is_cuda else blocks:
             topk_update(keys, query_units, units, offset)
-    _check_k(k, seen)
     return _decode(keys)
 
 
-def _check_k(k: int, gallery: int | None) -> None:
-    if k < 1 or (gallery is not None and k > gallery):
-        raise ValueError(f"k is {k}, expected 1 to {'the size of the gallery' if gallery is None else gallery}")
+def _check_k(k: int, gallery: int) -> None:
+    if not 1 <= k <= gallery:
+        raise ValueError(f"k is {k}, expected 1 to {gallery}")
 
 
 class _Slot:

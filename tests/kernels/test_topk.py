@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import esl_fast
+from esl_fast.kernels import topk as kernel
 from esl_fast.kernels.topk import topk, topk_stream, topk_update
 from esl_fast.reference.topk import topk as reference
 
@@ -55,22 +56,19 @@ def test_rising_scores_replace_everything(device):
 
 
 @pytest.mark.parametrize("block", [1, 50, 128, 1000])
-def test_stream_of_a_host_tensor(block, device):
+def test_stream_of_a_host_tensor(block, device, monkeypatch):
+    monkeypatch.setattr(kernel, "STREAM_BLOCK", block)
     a, b = units(9, 9, device), units(301 if block > 1 else 9, 9, torch.device("cpu"), 1)
-    assert_same(topk_stream(a, b, 5, block=block), reference(a @ b.to(device).mT, 5))
+    assert_same(topk_stream(a, b, 5), reference(a @ b.to(device).mT, 5))
 
 
-def test_stream_of_blocks_in_any_order(device):
-    a, b = units(9, 9, device), units(301, 9, torch.device("cpu"), 1)
-    blocks = [(200, b[200:]), (0, b[:7]), (7, b[7:7]), (7, b[7:200])]
-    assert_same(topk_stream(a, iter(blocks), 20), reference(a @ b.to(device).mT, 20))
-
-
-def test_stream_far_into_a_gallery(device):
-    a, b = units(9, 9, device), units(50, 9, torch.device("cpu"), 1)
-    start = 2**31 - 20
-    values, indices = reference(a @ b.to(device).mT, 20)
-    assert_same(topk_stream(a, [(start, b)], 20), (values, indices + start))
+def test_blocks_in_any_order_far_into_a_gallery(device):
+    a, b, start = units(9, 9, device), units(301, 9, device, 1), 2**31 - 150
+    keys = kernel._first_keys(9, 20, device)
+    for first, last in ((200, 301), (0, 7), (7, 7), (7, 200)):
+        topk_update(keys, a, b[first:last], start + first)
+    values, indices = reference(a @ b.mT, 20)
+    assert_same(kernel._decode(keys), (values, indices + start))
 
 
 def test_rows_beyond_int32(device):
