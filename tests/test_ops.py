@@ -466,7 +466,9 @@ def test_contrastive_loss(monkeypatch, case, elements, dtype, tolerance):
         ({"image_ids": [0, 1, 2], "text_ids": torch.arange(3)}, TypeError, "image_ids is a list"),
         ({"image_ids": torch.arange(3)}, ValueError, "go together"),
         ({"image_ids": torch.arange(2), "text_ids": torch.arange(3)}, ValueError, "image_ids has shape"),
+        ({"image_ids": torch.ones(3).bool(), "text_ids": torch.arange(3)}, ValueError, "dtype torch.bool"),
         ({"logit_scale": torch.ones(2)}, ValueError, "logit_scale has shape"),
+        ({"logit_scale": "x"}, TypeError, "logit_scale is 'x'; expected a number"),
     ],
 )
 def test_contrastive_loss_refuses(given, error, message):

@@ -24,9 +24,10 @@ from esl_fast.kernels._op import op
 from esl_fast.kernels.inspect import CompileCase
 from esl_fast.kernels.select import Selection, adaptive_dims, locate, selection_dims
 from esl_fast.kernels.tile import processors
+from esl_fast.reference.aggregate import CHAINS
+from esl_fast.reference.aggregate import EPS as UNIT_EPS
 
-EPS = tl.constexpr(1e-8)
-CHAINS = ("normalized", "raw")
+EPS = tl.constexpr(UNIT_EPS)
 PROGRAMS = 16  # of the adaptive forward on a multiprocessor, one warp each
 
 
@@ -213,16 +214,9 @@ def _heuristic_config(embed_dim: int, size: int, levels: int) -> tuple[dict, int
     return constants, warps
 
 
-def check_chain(chain: str) -> bool:
-    """Whether the chain is raw."""
-    if chain not in CHAINS:
-        raise ValueError(f"chain must be one of {CHAINS}, got {chain!r}")
-    return chain == "raw"
-
-
 @op("aggregate_heuristic")
 def _aggregate_heuristic(x: Tensor, taps: Tensor, chain: str, normalize: bool) -> Tensor:
-    raw = check_chain(chain)
+    raw = chain == "raw"
     constants, warps = _heuristic_config(x.shape[1], taps.shape[1], taps.shape[0])
     width = constants["OFFSETS"][-1]
     units = padded_rows(x.shape[0], width, x.dtype, x.device)
@@ -247,7 +241,7 @@ def _(x: Tensor, taps: Tensor, chain: str, normalize: bool) -> Tensor:
 def _aggregate_heuristic_backward(
     grad: Tensor, x: Tensor, taps: Tensor, chain: str, normalize: bool
 ) -> tuple[Tensor, Tensor]:
-    raw = check_chain(chain)
+    raw = chain == "raw"
     constants, warps = _heuristic_config(x.shape[1], taps.shape[1], taps.shape[0])
     levels = len(constants["DIMS"]) - 1
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -504,7 +498,7 @@ def _transposed(units: int, samples: int, device: torch.device) -> Tensor:
 def _aggregate_adaptive(
     x: Tensor, weights: list[Tensor], selection: list[Tensor], chain: str, normalize: bool
 ) -> Tensor:
-    raw = check_chain(chain)
+    raw = chain == "raw"
     constants, config, _ = _adaptive_config(adaptive_dims(weights))
     units = padded_rows(x.shape[0], constants["OFFSETS"][-1], x.dtype, x.device)
     _, columns, values, counts, *_ = selection
@@ -530,7 +524,7 @@ def _aggregate_adaptive_backward(
     grad: Tensor, x: Tensor, selection: list[Tensor], dims: list[int], chain: str, normalize: bool, to_weights: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients to the embeddings and to all weights in one float32 buffer (empty unless ``to_weights``)."""
-    raw = check_chain(chain)
+    raw = chain == "raw"
     constants, _, config = _adaptive_config(tuple(dims))
     n = x.shape[0]
     rows, columns_in = selection_dims(tuple(dims))

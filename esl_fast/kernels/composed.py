@@ -27,7 +27,7 @@ from torch import Tensor
 from esl_fast.kernels._common import INTERPRETING, cdiv, on_device_of, padded_rows
 from esl_fast.kernels._launch import launch
 from esl_fast.kernels._op import op
-from esl_fast.kernels.aggregate import EPS, check_chain
+from esl_fast.kernels.aggregate import EPS
 from esl_fast.kernels.inspect import CompileCase
 from esl_fast.kernels.select import adaptive_dims, select, selection_dims
 from esl_fast.kernels.tile import descriptor, halves, processors, target_of, tma_ready
@@ -214,7 +214,7 @@ def compose(weights: Sequence[Tensor]) -> Maps:
 def _aggregate_composed(x: Tensor, wide: Tensor, small: Tensor, dims: list[int], chain: str, normalize: bool) -> Tensor:
     # Of units no level is short beside the definition's epsilon; raw vectors are as short here as there. A level of
     # zeros stays one, also where it is multiplied by the inverse of a norm as short as 1e-18.
-    eps = EPS.value if check_chain(chain) else 1e-20
+    eps = EPS.value if chain == "raw" else 1e-20
     n, width = x.shape[0], sum(dims)
     units = padded_rows(n, width, x.dtype, x.device)
     rows = descriptor(x, ROWS, DEPTH)

@@ -33,7 +33,6 @@ from esl_fast.kernels.inspect import CompileCase
 from esl_fast.kernels.select import locate
 from esl_fast.kernels.tile import TMA_CONFIGS, exact_dot, target_of, tma_ready
 
-SIDES = ("text", "image")
 DESCRIPTORS_FROM = 512  # rows; making one takes the host longer than it saves a small batch
 
 
@@ -502,17 +501,10 @@ def _launch_matrices_backward(
     return grad_matrices, grad_scales
 
 
-def _check_side(side: str) -> bool:
-    """Whether the side is the image's."""
-    if side not in SIDES:
-        raise ValueError(f"side must be one of {SIDES}, got {side!r}")
-    return side == "image"
-
-
 @op("fold")
 def _fold(units: Tensor, matrices: list[Tensor], flat: Tensor, scales: Tensor, side: str) -> Tensor:
     """``flat`` holds the ``matrices`` one after another; their gradient goes to ``matrices``."""
-    image = _check_side(side)
+    image = side == "image"
     dims = _matrix_dims(matrices, units)
     return _launch_fold(units, _launch_pack(flat, dims, units.dtype, image), dims, scales.contiguous())
 
@@ -527,7 +519,7 @@ def _fold_backward(
     grad: Tensor, units: Tensor, flat: Tensor, scales: Tensor, dims: list[int], side: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to the units, to all matrices in one buffer and to the scales of levels that have units."""
-    image = _check_side(side)
+    image = side == "image"
     levels = tuple(dim for dim in dims if dim > 0)
     scales = scales.contiguous()
     grad = grad.to(units.dtype)
@@ -582,7 +574,7 @@ def fold(units: Tensor, matrices: Sequence[Tensor], scales: Tensor, side: str) -
 def pack(matrices: Sequence[Tensor], dtype: torch.dtype, side: str) -> Tensor:
     """Matrices as :func:`fold_packed` takes them for units of a dtype and side."""
     dims = tuple(matrix.shape[0] for matrix in matrices if matrix.numel())
-    return _launch_pack(_flat(matrices), dims, dtype, _check_side(side))
+    return _launch_pack(_flat(matrices), dims, dtype, side == "image")
 
 
 @op("fold_packed")

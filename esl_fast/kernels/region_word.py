@@ -34,13 +34,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esl_fast import reference
 from esl_fast.kernels._common import PADDING, cdiv, next_power_of_2, on_device_of
 from esl_fast.kernels._launch import launch
 from esl_fast.kernels._op import op
 from esl_fast.kernels.inspect import CompileCase
 
-EPS = tl.constexpr(1e-8)
-SLOPE = tl.constexpr(0.1)
+EPS = tl.constexpr(reference.region_word.EPS)
+SLOPE = tl.constexpr(reference.region_word.SLOPE)
 STEEP = tl.constexpr(10.0)
 LOG2E = tl.constexpr(1.4426950408889634)
 TWO_LOG2E = tl.constexpr(2.8853900817779268)

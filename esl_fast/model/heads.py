@@ -166,7 +166,7 @@ class ESLHead(LevelHead, Head):
         weights as they are now, once, which waits for a GPU. Raises ValueError for a negative tolerance or weights that
         are not finite.
         """
-        if not tolerance >= 0:
+        if not ops.checks.number("tolerance", tolerance) >= 0:
             raise ValueError(f"tolerance is {tolerance}; expected a number of at least 0")
         bounds = self.contribution.bounds().tolist()
         dropped, total = [], 0.0

@@ -11,8 +11,7 @@ from esl_fast._eager import is_eager
 from esl_fast.ops import checks
 from esl_fast.ops.backend import use_kernels
 from esl_fast.ops.cache import WeightsCache
-
-CHAINS = ("normalized", "raw")
+from esl_fast.reference.aggregate import CHAINS
 
 
 @without_autocast

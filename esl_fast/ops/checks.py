@@ -1,6 +1,6 @@
 """One clear error for each kind of bad input."""
 
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -14,6 +14,13 @@ def floating(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} is a {type(x).__name__}; expected a floating-point torch.Tensor")
     if not x.is_floating_point():
         raise TypeError(f"{name} has dtype {x.dtype}; expected a floating-point tensor")
+
+
+def number(name: str, value: Any) -> float:
+    """A real number of any kind."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; expected a number")
+    return float(value)
 
 
 def count_of(name: str, value: Any) -> int:
@@ -95,7 +102,7 @@ def ids_of(image_ids: Tensor | None, text_ids: Tensor | None, images: int, texts
             continue
         if not isinstance(ids, Tensor):
             raise TypeError(f"{name} is a {type(ids).__name__}; expected an integer torch.Tensor")
-        if ids.is_floating_point() or ids.shape != (count,):
+        if ids.is_floating_point() or ids.dtype == torch.bool or ids.shape != (count,):
             raise ValueError(f"{name} has shape {tuple(ids.shape)} and dtype {ids.dtype}; expected ({count},) integers")
         if ids.device != device:
             raise ValueError(f"{name} lies on {ids.device}, the scores on {device}")

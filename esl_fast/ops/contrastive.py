@@ -59,7 +59,7 @@ def contrastive_loss(
             raise ValueError(f"logit_scale has shape {tuple(logit_scale.shape)}; expected one value")
         scale = logit_scale.to(image_units.device, compute)
     else:  # written on the device: a copy would be waited for
-        scale = torch.full((), logit_scale, dtype=compute, device=image_units.device)
+        scale = torch.full((), checks.number("logit_scale", logit_scale), dtype=compute, device=image_units.device)
     if use_kernels(image_units, folded_text_units):
         from esl_fast.kernels import contrastive as kernel  # Triton is imported only where it is used
 

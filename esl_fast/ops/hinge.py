@@ -38,7 +38,7 @@ def hinge_loss(
     if n != m:
         raise ValueError(f"similarity has shape ({n}, {m}); {n} images and {m} texts have no diagonal of positives")
     checks.ids_of(image_ids, text_ids, n, n, similarity.device)
-    return blocked.hinge.hinge_loss(similarity, image_ids, text_ids, margin, hardest)
+    return blocked.hinge.hinge_loss(similarity, image_ids, text_ids, checks.number("margin", margin), hardest)
 
 
 @without_autocast
@@ -75,6 +75,7 @@ def region_word_hinge_loss(
     if n != m:
         raise ValueError(f"{n} images and {m} captions have no diagonal of positives")
     checks.ids_of(image_ids, text_ids, n, n, region_units.device)
+    margin = checks.number("margin", margin)
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (region_units, word_units, smooth))
     if not (hardest and grad and n):
         return hinge_loss(region_word_similarity(*inputs), image_ids, text_ids, margin=margin, hardest=hardest)

@@ -156,7 +156,7 @@ def check_region_word(
         raise TypeError(f"region_units is {region_units.dtype} and word_units {word_units.dtype}; expected one dtype")
     if not isinstance(smooth, Tensor):
         dtype = torch.promote_types(region_units.dtype, torch.float32)
-        smooth = torch.full((), smooth, dtype=dtype, device=computed_on)
+        smooth = torch.full((), checks.number("smooth", smooth), dtype=dtype, device=computed_on)
     if smooth.numel() != 1:
         raise ValueError(f"smooth has shape {tuple(smooth.shape)}; expected a scalar")
     checks.lengths_of("word_lengths", word_lengths, word_units.shape[0], word_units.shape[1], "caption", "words")

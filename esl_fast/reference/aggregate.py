@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 EPS = 1e-8
+# What the next level reads: units, or vectors before they are normalised.
+CHAINS = ("normalized", "raw")
 
 
 def level_dims(embed_dim: int, kernel_size: int, num_levels: int) -> list[int]:

@@ -305,9 +305,6 @@ def test_opcheck(device):
 
 
 def test_errors(device):
-    x = torch.randn(3, 8).to(device)
-    with pytest.raises(ValueError, match="chain"):
-        kernels.aggregate_heuristic(x, torch.randn(2, 2).to(device), "other")
     with pytest.raises(ValueError, match="chain"):
         select([torch.randn(4, 8).to(device), torch.randn(2, 3).to(device)])
 

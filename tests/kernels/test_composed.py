@@ -44,8 +44,8 @@ def error(found, wanted):
     ("n", "dims"),
     [
         (130, level_dims(512, 2, 8)),
-        (1, level_dims(512, 2, 1)),
-        (257, level_dims(256, 2, 1)),
+        (1, level_dims(512, 2, 2)),
+        (257, level_dims(256, 2, 3)),
         (3, level_dims(256, 2, 8)),
     ],
     ids=str,
@@ -61,6 +61,19 @@ def test_units(n, dims, device):
             assert error(found, level) <= ROUNDING
         rows = units.as_strided((n, units.stride(0)), units.stride())
         assert not rows[:, sum(dims) :].any()
+
+
+def test_a_lone_level_is_gathered(device):
+    assert not composed.serves(*make(3, level_dims(512, 2, 1), device))
+
+
+def test_a_level_of_zeros_stays_one(device):
+    dims = level_dims(256, 2, 8)
+    x, weights = make(5, dims, device)
+    weights[2].zero_()
+    units = composed.aggregate_composed(1e-10 * x, composed.compose(weights), dims, "normalized", True)
+    assert units.isfinite().all()
+    assert not units[:, sum(dims[:3]) :].any()
 
 
 @pytest.mark.parametrize(("chain", "levels"), [("normalized", 7), ("raw", 7), ("raw", 6)])

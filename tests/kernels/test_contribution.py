@@ -182,8 +182,6 @@ def test_opcheck(device):
 
 def test_errors(device):
     units, matrices, scales = problem(3, [4, 2], torch.float32, device)
-    with pytest.raises(ValueError, match="side"):
-        kernels.fold(units, matrices, scales, "left")
     with pytest.raises(ValueError, match="d_k"):
         kernels.fold(units, matrices[:1], scales[:1], "text")
     with pytest.raises(ValueError, match="temperatures"):
