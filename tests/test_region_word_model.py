@@ -31,6 +31,7 @@ from esl_fast.model import (
     official,
     sequence_towers,
 )
+from esl_fast.reference.contribution import normed_matrix
 
 GOLDEN = [pytest.param(path, id=path.stem) for path in golden_files("region_word_*.safetensors")]
 either = pytest.mark.parametrize("aggregator", AGGREGATORS)
@@ -47,6 +48,24 @@ def random_head(aggregator="heuristic", embed_dim=32, kernel_size=2, num_levels=
 
 def unit(*shape, dtype=torch.float32):
     return torch.nn.functional.normalize(torch.randn(*shape, dtype=dtype), dim=-1)
+
+
+@either
+def test_a_region_of_zeros_has_no_gradient(aggregator):
+    head, regions, words = RegionWordHead(256, aggregator=aggregator), unit(2, 5, 256), unit(2, 4, 256)
+    regions[0, 3:] = 0
+    leaves = [regions.requires_grad_(), *head.parameters()]
+    scores = head(regions, words, torch.tensor([4, 2]))
+    for gradient in torch.autograd.grad(scores.sum(), leaves, allow_unused=True):
+        assert gradient is None or gradient.isfinite().all()
+
+
+def test_a_table_of_one_entry_has_no_gradient():
+    table, weight, bias = (torch.randn(1, 1, requires_grad=True) for _ in range(3))
+    matrix = normed_matrix(table, weight, bias)
+    assert torch.equal(matrix, bias)
+    gradients = torch.autograd.grad(3 * matrix.sum(), (table, weight, bias))
+    assert [gradient.item() for gradient in gradients] == [0, 0, 3]
 
 
 @pytest.mark.parametrize("grad", [False, True])

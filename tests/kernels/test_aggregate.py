@@ -304,6 +304,24 @@ def test_opcheck(device):
     torch.library.opcheck(torch.ops.esl_fast.select.default, (weights,))
 
 
+@pytest.mark.parametrize("aggregator", ["heuristic", "adaptive"])
+def test_zeros_have_no_gradient(aggregator, device):
+    x = torch.randn(5, 256).to(device)
+    x[2] = 0
+    x.requires_grad_()
+    weights = [torch.randn(256 >> k, 512 >> k).to(device).requires_grad_() for k in range(1, 9)]
+    if aggregator == "heuristic":
+        leaves = [x, torch.randn(8, 2).to(device).requires_grad_()]
+        units = kernels.aggregate_heuristic(*leaves, "normalized", False)
+    else:
+        with torch.no_grad():
+            weights[3][1] = 0
+        leaves = [x, *weights]
+        units = kernels.aggregate_adaptive(x, weights, select(weights), "normalized", False)
+    gradients = torch.autograd.grad(units, leaves, torch.randn_like(units))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
 def test_errors(device):
     with pytest.raises(ValueError, match="chain"):
         select([torch.randn(4, 8).to(device), torch.randn(2, 3).to(device)])
