@@ -18,12 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esl_fast.kernels._case import CompileCase
 from esl_fast.kernels._common import cdiv, matrices_of, next_power_of_2, on_device_of, padded_rows
 from esl_fast.kernels._launch import launch
 from esl_fast.kernels._op import op
-from esl_fast.kernels.inspect import CompileCase
+from esl_fast.kernels.plan import processors
 from esl_fast.kernels.select import Selection, adaptive_dims, locate, selection_dims
-from esl_fast.kernels.tile import processors
 from esl_fast.reference.aggregate import CHAINS
 from esl_fast.reference.aggregate import EPS as UNIT_EPS
 

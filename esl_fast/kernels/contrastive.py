@@ -29,25 +29,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esl_fast.kernels._case import CompileCase
 from esl_fast.kernels._common import cdiv, next_power_of_2, on_device_of, padded_rows, widened
 from esl_fast.kernels._launch import launch
 from esl_fast.kernels._op import op
-from esl_fast.kernels.inspect import CompileCase
 from esl_fast.kernels.paired import paired_scores
+from esl_fast.kernels.plan import GROUP, check_operands, launch_options, make_plan, output, sweeps, tile_cases
 from esl_fast.kernels.tile import (
-    GROUP,
-    check_operands,
     eighths,
-    launch_options,
-    make_plan,
-    output,
     quarters,
     sum_own_cols,
     sum_own_rows,
     sweep_length,
     sweep_origin,
-    sweeps,
-    tile_cases,
     tile_origin,
     tile_product,
 )

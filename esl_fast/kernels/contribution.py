@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from esl_fast.kernels._case import CompileCase
 from esl_fast.kernels._common import (
     INTERPRETING,
     cdiv,
@@ -29,9 +30,8 @@ from esl_fast.kernels._common import (
 )
 from esl_fast.kernels._launch import launch
 from esl_fast.kernels._op import op
-from esl_fast.kernels.inspect import CompileCase
+from esl_fast.kernels.plan import TMA_CONFIGS, exact_dot, target_of, tma_ready
 from esl_fast.kernels.select import locate
-from esl_fast.kernels.tile import TMA_CONFIGS, exact_dot, target_of, tma_ready
 
 DESCRIPTORS_FROM = 512  # rows; making one takes the host longer than it saves a small batch
 

@@ -15,21 +15,15 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
+from esl_fast.kernels._case import TARGETS, CompileCase
+
 MODULES = (
     "aggregate", "composed", "select", "contribution", "similarity", "paired", "contrastive", "ranks", "topk",
     "region_word",
@@ -37,40 +31,6 @@ MODULES = (
 
 # Most shared memory one block may ask for, in bytes.
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-
-H200_BANDWIDTH = 4.8e12
-H200_FLOPS = {"bf16": 790e12, "fp16": 790e12, "tf32": 400e12, "tf32x3": 133e12, "fp32": 60e12}
-
-
-@dataclass(frozen=True)
-class CompileCase:
-    """One kernel as a launcher runs it.
-
-    ``signature`` maps every argument to its Triton type (``"*bf16"``, ``"i64"``, ``"fp32"``,
-    ``"tensordesc<bf16[128, 64]>"``); arguments in ``constexprs`` may be left out of it. ``divisible`` names the
-    pointers and integers known to be multiples of 16. ``flops`` and ``bytes`` are those of one launch at the size
-    that ``name`` tells, ``precision`` the unit that does the arithmetic, ``targets`` where the launcher would pick
-    this configuration.
-    """
-
-    name: str
-    kernel: Any
-    signature: Mapping[str, str]
-    constexprs: Mapping[str, Any]
-    num_warps: int
-    num_stages: int
-    divisible: tuple[str, ...] = ()
-    wants_wgmma: bool = False
-    flops: float = 0.0
-    bytes: float = 0.0
-    precision: str = "bf16"
-    targets: tuple[str, ...] = tuple(TARGETS)
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def roofline_us(self) -> float:
-        """Microseconds that an H200 needs at least."""
-        return 1e6 * max(self.flops / H200_FLOPS[self.precision], self.bytes / H200_BANDWIDTH)
 
 
 @dataclass(frozen=True)

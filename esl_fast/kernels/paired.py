@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esl_fast.kernels._case import TARGETS, CompileCase
 from esl_fast.kernels._common import cdiv
 from esl_fast.kernels._launch import launch
-from esl_fast.kernels.inspect import TARGETS, CompileCase
-from esl_fast.kernels.tile import Plan, dot_precision, launch_options, row_product, tile_config, tile_constants
+from esl_fast.kernels.plan import Plan, dot_precision, launch_options, tile_config, tile_constants
+from esl_fast.kernels.tile import row_product
 
 PAIRS = 64
 

@@ -14,26 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esl_fast.kernels._case import CompileCase
 from esl_fast.kernels._common import cdiv, on_device_of
 from esl_fast.kernels._launch import launch
 from esl_fast.kernels._op import op
-from esl_fast.kernels.inspect import CompileCase
 from esl_fast.kernels.paired import score_owned
-from esl_fast.kernels.tile import (
-    UNSIGNED_NAN,
-    check_operands,
-    launch_options,
-    make_plan,
-    quarters,
-    sum_own_cols,
-    sum_own_rows,
-    sweep_length,
-    sweep_origin,
-    sweeps,
-    target_of,
-    tile_cases,
-    tile_product,
-)
+from esl_fast.kernels.plan import UNSIGNED_NAN, check_operands, launch_options, make_plan, sweeps, target_of, tile_cases
+from esl_fast.kernels.tile import quarters, sum_own_cols, sum_own_rows, sweep_length, sweep_origin, tile_product
 
 START_BLOCK = 1024
 

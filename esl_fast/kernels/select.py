@@ -18,10 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from esl_fast import reference
+from esl_fast.kernels._case import CompileCase
 from esl_fast.kernels._common import next_power_of_2, on_device_of
 from esl_fast.kernels._launch import launch
 from esl_fast.kernels._op import op
-from esl_fast.kernels.inspect import CompileCase
 
 EPS = tl.constexpr(reference.aggregate.EPS)
 

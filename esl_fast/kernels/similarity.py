@@ -11,22 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esl_fast.kernels._case import CompileCase
 from esl_fast.kernels._common import on_device_of, padded_rows, widened
 from esl_fast.kernels._launch import launch
 from esl_fast.kernels._op import op
-from esl_fast.kernels.inspect import CompileCase
-from esl_fast.kernels.tile import (
-    GROUP,
-    Plan,
-    check_operands,
-    launch_options,
-    make_plan,
-    output,
-    quarters,
-    tile_cases,
-    tile_origin,
-    tile_product,
-)
+from esl_fast.kernels.plan import GROUP, Plan, check_operands, launch_options, make_plan, output, tile_cases
+from esl_fast.kernels.tile import quarters, tile_origin, tile_product
 
 
 @triton.jit(do_not_specialize=["n", "m", "units", "out_row"])

@@ -18,12 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esl_fast.kernels._case import CompileCase
 from esl_fast.kernels._common import INTERPRETING, next_power_of_2, on_device_of, padded_rows
 from esl_fast.kernels._launch import launch
 from esl_fast.kernels._op import op
-from esl_fast.kernels.inspect import CompileCase
+from esl_fast.kernels.plan import check_operands
 from esl_fast.kernels.similarity import multiply
-from esl_fast.kernels.tile import check_operands
 
 QUERY_BLOCK = 64 if INTERPRETING else 4096
 GALLERY_BLOCK = 128 if INTERPRETING else 8192

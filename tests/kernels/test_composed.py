@@ -8,7 +8,7 @@ import torch
 import esl_fast
 from esl_fast.kernels import composed
 from esl_fast.kernels._common import INTERPRETING
-from esl_fast.kernels.tile import target_of
+from esl_fast.kernels.plan import target_of
 from esl_fast.reference import aggregate as reference
 from esl_fast.reference.aggregate import level_dims
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from esl_fast.kernels import tile
+from esl_fast.kernels import plan as plans
 from esl_fast.kernels._common import padded_rows
 from esl_fast.kernels.similarity import similarity, write_similarity
 
@@ -66,13 +66,13 @@ def test_gradients(needed, device, poison):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_descriptors_read_what_pointers_read(dtype, device):
-    if device.type == "cuda" and tile.target_of(device) not in tile.TMA_CONFIGS:
+    if device.type == "cuda" and plans.target_of(device) not in plans.TMA_CONFIGS:
         pytest.skip("needs a GPU with TMA")
     a, b = units(45, 157, device, dtype), units(133, 157, device, dtype, seed=1)
     through = []
     for tma in (True, False):
         out = padded_rows(45, 133, torch.float32, device)
-        write_similarity(tile.make_plan(a, b, tma=tma), out)
+        write_similarity(plans.make_plan(a, b, tma=tma), out)
         through.append(out)
     expected = a.double() @ b.double().mT
     tolerance = 1e-6 if dtype == torch.float16 or device.type == "cpu" else 1e-3  # TF32 or the plan's, on a GPU
