@@ -39,7 +39,7 @@ def poison(monkeypatch):
 def descriptors_at_any_size(monkeypatch):
     """Small problems go through descriptors too, where a GPU has them; others lie so that none can be made."""
     if RUNNABLE:
-        from esl_fast.kernels import contribution, tile
+        from esl_fast.kernels import contribution, plan
 
-        monkeypatch.setattr(tile, "TMA_FROM", 0)
+        monkeypatch.setattr(plan, "TMA_FROM", 0)
         monkeypatch.setattr(contribution, "DESCRIPTORS_FROM", 0)
