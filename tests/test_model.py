@@ -27,6 +27,15 @@ def test_open_clip_towers(similarity):
     assert all(p.grad is not None for name, p in model.named_parameters() if name != "logit_scale")
 
 
+@pytest.mark.parametrize("similarity", (*SIMILARITIES, "region-word-heuristic"))
+def test_batches_of_nothing(similarity):
+    model = small_model(similarity=similarity)
+    images, tokens = torch.randn(3, 3, 32, 32), torch.randint(1, 1000, (2, 16))
+    tokens[:, -1] = END
+    for i, j in ((0, 2), (3, 0), (0, 0)):
+        assert model(images[:i], tokens[:j]).shape == (i, j)
+
+
 def test_features_are_open_clips_own():
     model, images, tokens = small_model(), torch.randn(3, 3, 32, 32), torch.randint(1, 1000, (2, 16))
     clip = open_clip.CustomTextCLIP(**clip_config()).eval()

@@ -1,4 +1,4 @@
-"""Every kernel compiles for every target within its budget of registers, stack and shared memory. No GPU needed."""
+"""Every kernel compiles for every target within its budget of stack and shared memory. No GPU needed."""
 
 import os
 
