@@ -27,7 +27,7 @@ def test_open_clip_towers(similarity):
     assert all(p.grad is not None for name, p in model.named_parameters() if name != "logit_scale")
 
 
-@pytest.mark.parametrize("similarity", (*SIMILARITIES, "region-word-heuristic"))
+@pytest.mark.parametrize("similarity", [*SIMILARITIES, "region-word-heuristic"])
 def test_batches_of_nothing(similarity):
     model = small_model(similarity=similarity)
     images, tokens = torch.randn(3, 3, 32, 32), torch.randint(1, 1000, (2, 16))
