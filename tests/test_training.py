@@ -419,8 +419,17 @@ def test_a_run_that_ended_before_its_first_checkpoint_leaves_its_name(features_r
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("keep me")
     assert main([*argv, "--name=mine"]) == 2
-    assert "holds other files" in capsys.readouterr().err
+    assert "holds thesis.txt: choose another" in capsys.readouterr().err
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "keep me"
+    for checkpoint_folder in ("last", "best"):
+        shutil.rmtree(tmp_path / "run" / checkpoint_folder)
+    for file in ("results.json", "curves.png"):
+        (tmp_path / "run" / file).unlink()
+    assert main(argv) == 2
+    assert "holds metrics.jsonl: choose another" in capsys.readouterr().err
+    (tmp_path / "kept" / "best").mkdir(parents=True)
+    assert main([*argv, "--name=kept"]) == 2
+    assert "holds best: choose another" in capsys.readouterr().err
 
 
 def test_a_test_that_fails_does_not_cost_the_training(pictures_root, tmp_path, capsys):

@@ -17,6 +17,7 @@ METRICS, RESULTS, CURVES = "metrics.jsonl", "results.json", "curves.png"
 LAST, BEST, BOARD = "last", "best", "tensorboard"
 # What a run may leave that ended before its first checkpoint.
 LEFTOVERS = {METRICS, BOARD, CONFIG_FILE}
+UNFINISHED = tuple(f"{name}.tmp" for name in (LAST, BEST, *LEFTOVERS))
 
 
 def find_run(resume: str, logs: str) -> Path:
@@ -48,10 +49,11 @@ def create_run(logs: str, name: str) -> Path:
             raise FileExistsError(
                 f"{run} holds a run already: choose another --name, or continue it with --resume {run}"
             )
-        left = [path for path in run.iterdir() if ".tmp" not in path.name]
-        if any(path.name not in LEFTOVERS for path in left):
-            raise FileExistsError(f"{run} holds other files: choose another --name")
-        for path in run.iterdir():
+        left = list(run.iterdir())
+        foreign = [p.name for p in left if p.name not in LEFTOVERS and not p.name.startswith(UNFINISHED)]
+        if foreign or ((run / METRICS).is_file() and any(entry["step"] for entry in read_metrics(run))):
+            raise FileExistsError(f"{run} holds {foreign[0] if foreign else METRICS}: choose another --name")
+        for path in left:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         (run / METRICS).touch()
     except FileExistsError:
