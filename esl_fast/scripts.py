@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import re
 import sys
 import warnings
@@ -23,7 +24,7 @@ ON_COMMAND_LINE = {
 
 def reporting_errors(run: Callable[[], int]) -> int:
     """Exit status of a script: what its user can mend is one line on stderr, not a traceback, as is a warning."""
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    usual, warnings.formatwarning = warnings.formatwarning, lambda message, *_, **__: f"warning: {message}\n"
     try:
         return run()
     except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
@@ -32,6 +33,8 @@ def reporting_errors(run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    finally:
+        warnings.formatwarning = usual
 
 
 def _message(error: Exception) -> str:
@@ -53,7 +56,7 @@ def with_underscores(argv: Sequence[str], options: type) -> list[str]:
 def _config_with_underscores(before: str, arg: str) -> str:
     """The same for the keys of a YAML file, where ``--config`` gives one that has hyphens in them."""
     option, _, path = arg.partition("=") if arg.startswith("--config=") else (before, "", arg)
-    if option != "--config" or not Path(path).is_file():
+    if option != "--config" or not os.path.isfile(path):
         return arg
     try:
         options = yaml.safe_load(Path(path).read_text())
@@ -61,7 +64,10 @@ def _config_with_underscores(before: str, arg: str) -> str:
         return arg  # the parser says what is wrong
     if not isinstance(options, dict) or not any("-" in str(key) for key in options):
         return arg
-    inline = json.dumps({str(key).replace("-", "_"): value for key, value in options.items()})
+    renamed = {str(key).replace("-", "_"): value for key, value in options.items()}
+    if len(renamed) < len(options):
+        raise ValueError(f"{path} says an option twice, with a hyphen and with an underscore")
+    inline = json.dumps(renamed, default=str)
     return f"--config={inline}" if arg.startswith("--config=") else inline
 
 

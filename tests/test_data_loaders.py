@@ -202,8 +202,12 @@ def test_only_the_files_of_one_split(tmp_path, layout, only, files):
     data = load_dataset(layout, tmp_path, only=only)
     assert len(getattr(data, only)) >= 1
     assert [getattr(data, other) for other in {"train", "val", "test"} - {only}] == [None, None]
-    with pytest.raises(DataError, match=r"train_ims.npy|test_ims.npy|expected dataset_coco.json"):
-        load_dataset(layout, tmp_path)
+    if (layout, only) == ("regions", "train"):
+        with pytest.warns(UserWarning, match="no test split"):
+            load_dataset(layout, tmp_path)
+    else:
+        with pytest.raises(DataError, match=r"train_ims.npy|expected dataset_coco.json"):
+            load_dataset(layout, tmp_path)
 
 
 def test_a_val_set_aside_is_the_same_alone(tmp_path):
@@ -232,6 +236,19 @@ def test_training_can_do_without_test(tmp_path):
     make_karpathy(tmp_path, [entry(f"{i}.jpg", "train") for i in range(20)])
     with pytest.warns(UserWarning, match="no test split"):
         assert load_dataset("karpathy", tmp_path).test is None
+    make_regions(tmp_path)
+    for file in tmp_path.glob("test_*"):
+        file.unlink()
+    with pytest.warns(UserWarning, match="no test split"):
+        assert load_dataset("regions", tmp_path).test is None
+
+
+def test_a_test_split_that_cannot_be_used_is_not_done_without(tmp_path):
+    make_karpathy(tmp_path, [entry(f"{i}.jpg", ("train", "val", "test")[i % 3]) for i in range(9)])
+    for i in (2, 5, 8):
+        next(tmp_path.rglob(f"{i}.jpg")).unlink()
+    with pytest.raises(DataError, match="no usable image in its test split: 3 records or captions were skipped"):
+        load_dataset("karpathy", tmp_path, on_error="skip")
 
 
 def drop(key):
@@ -431,7 +448,7 @@ def test_region_errors(tmp_path):
         load_dataset("regions", tmp_path)
     (tmp_path / "test_ims.npy").unlink()
     with pytest.raises(DataError, match=r"test_ims.npy: no such file"):
-        load_dataset("regions", tmp_path)
+        load_dataset("regions", tmp_path, only="test")
 
 
 def test_mapped_arrays_are_pickled_by_path(tmp_path):

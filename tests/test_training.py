@@ -402,7 +402,9 @@ def test_early_stopping_and_the_same_run_again(features_root, tmp_path, capsys):
 
 
 def test_a_start_that_failed_leaves_its_name(features_root, tmp_path):
-    right = options(features_root, tmp_path)
+    right = options(features_root, tmp_path, f"--config={tmp_path / 'run' / 'train.yaml'}")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "train.yaml").write_text("seed: 7\n")
     wrong = [f"--data-root={tmp_path / 'nowhere'}" if arg.startswith("--data-root") else arg for arg in right]
     assert main(wrong) == 2
     assert main(right) == 0
@@ -428,11 +430,21 @@ def test_a_run_that_ended_before_its_first_checkpoint_leaves_its_name(features_r
     assert main(argv) == 2
     assert "holds metrics.jsonl: choose another" in capsys.readouterr().err
     (tmp_path / "kept" / "best").mkdir(parents=True)
+    (tmp_path / "written").mkdir()
+    log = RunLog(tmp_path / "written")
+    assert main([*argv, "--name=written"]) == 2
+    assert "holds metrics.jsonl: choose another" in capsys.readouterr().err
+    log.close()
+    for line in ('{"epoch": 1}', "[1, 2]", "loss 0.3"):
+        (tmp_path / "written" / "metrics.jsonl").write_text(line)
+        assert main([*argv, "--name=written"]) == 2
+    capsys.readouterr()
     assert main([*argv, "--name=kept"]) == 2
     assert "holds best: choose another" in capsys.readouterr().err
 
 
-def test_a_test_that_fails_does_not_cost_the_training(pictures_root, tmp_path, capsys):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_test_that_fails_does_not_cost_the_training(pictures_root, tmp_path, capsys, workers):
     root = tmp_path / "data"
     shutil.copytree(pictures_root, root)
     picture = next(r["filename"] for r in json.loads((root / "dataset_tiny.json").read_text())["images"][80:])
@@ -440,7 +452,7 @@ def test_a_test_that_fails_does_not_cost_the_training(pictures_root, tmp_path, c
     (root / "images" / picture).write_bytes(whole[:300])
     argv = [
         "--dataset=karpathy", f"--data-root={root}", "--recipe=synthetic", f"--logs={tmp_path}", "--name=run",
-        "--num-levels=3", "--epochs=1", "--batch-size=100",
+        "--num-levels=3", "--epochs=1", "--batch-size=100", f"--workers={workers}",
     ]  # fmt: skip
     assert main(argv) == 2
     error = capsys.readouterr().err
@@ -523,10 +535,13 @@ def test_a_config_file_is_overridden_by_the_command_line(tmp_path):
 @pytest.mark.parametrize("form", [lambda file: [f"--config={file}"], lambda file: ["--config", str(file)]])
 def test_a_config_file_may_say_options_as_the_command_line_does(tmp_path, form):
     file = tmp_path / "run.yaml"
-    file.write_text("batch-size: 33\ndata_root: /some/where\nfreeze-image: true\nhead-lr: 1e-3\n")
+    file.write_text("batch-size: 33\ndata_root: /some/where\nfreeze-image: true\nhead-lr: 1e-3\nname: 2024-06-01\n")
     config = parse(form(file))
-    given = config.batch_size, config.data_root, config.freeze_image, config.head_lr
-    assert given == (33, "/some/where", True, 1e-3)
+    given = config.batch_size, config.data_root, config.freeze_image, config.head_lr, config.name
+    assert given == (33, "/some/where", True, 1e-3, "2024-06-01")
+    file.write_text("batch-size: 33\nbatch_size: 34\n")
+    with pytest.raises(ValueError, match="says an option twice"):
+        parse(form(file))
     file.write_text("dataset: features\nlearning_rate: 7\n")
     with pytest.raises(SystemExit):
         parse([f"--config={file}"])

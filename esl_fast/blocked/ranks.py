@@ -62,7 +62,7 @@ class RankCounter:
 
     def set_bars(self, images: slice, captions: slice, scores: Tensor, rows: Tensor) -> None:
         """Take what is to be reached from a tile; ``rows`` are its captions' images, which have no others."""
-        own = scores[rows, torch.arange(len(rows), device=rows.device)]
+        own = scores[rows, torch.arange(len(rows), device=rows.device)].to(self.positive.dtype)
         self.positive[captions] = torch.where(own.isfinite(), own, -torch.inf)
         self.best[images] = self.best[images].scatter_reduce(0, rows, self.positive[captions], "amax")
 

@@ -219,7 +219,7 @@ def assemble(
         if chosen:
             captions = [record.captions for record in chosen]
             splits[split] = Split.from_lists(split, images, captions, [record.image_id for record in chosen])
-        elif split == "test" and "train" in needed and not any(record.split == split for record in records):
+        elif split == "test" and "train" in needed and not problems.skipped:
             warnings.warn(f"data set '{name}' has no test split: there will be no test", stacklevel=2)
         elif split != "val" or "train" not in needed:
             raise DataError(f"data set '{name}' has no usable image in its {split} split{problems}")

@@ -31,8 +31,9 @@ def load_regions(
     """
     root = existing_folder(root, "root")
     files = {"train": "train", "val": "dev", "test": "testall" if (root / "testall_ims.npy").is_file() else "test"}
-    if not (root / "dev_ims.npy").is_file():
-        del files["val"]
+    for split in ("val", "test") if only is None else ("val",):
+        if not (root / f"{files[split]}_ims.npy").is_file():
+            del files[split]
     needed = needed_splits(only, files)
     files = {split: prefix for split, prefix in files.items() if split in needed}
     problems = Problems(on_error)

@@ -37,7 +37,7 @@ class EvaluateConfig:
         bert: Folder with the vocabulary of BERT, which official region-word checkpoints lack; else it is asked of the
             Hugging Face hub.
         batch_size: Images or captions encoded at a time.
-        workers: Processes that load images; 0 loads in the main process.
+        workers: Processes that load images, at most one a CPU; 0 loads in the main process.
         precision: fp32, bf16 or fp16 (mixed precision in the towers).
         device: auto, cpu, cuda or cuda:N.
         output: JSON file for the metrics.

@@ -66,7 +66,8 @@ def ranks_from_similarity(similarity: Tensor | np.ndarray, owners: Tensor | np.n
     bad = (~torch.isfinite(similarity)).any(1).nonzero().flatten().tolist()
     if bad:
         raise ValueError(f"similarity has non-finite scores in {len(bad)} of {n} rows: {', '.join(map(str, bad[:10]))}")
-    compute = torch.promote_types(similarity.dtype, torch.float32)  # ranks are counted in it
+    # Ranks are counted in it.
+    compute = torch.promote_types(similarity.dtype, torch.float32 if similarity.is_floating_point() else torch.float64)
     counter = RankCounter(n, m, compute, device)
     captions = slice(0, m)
     counter.set_bars(slice(0, n), captions, similarity, owners)

@@ -261,7 +261,7 @@ def _constants(dims: tuple[int, ...]) -> dict:
 def compile_cases() -> list[CompileCase]:
     """25,000 embeddings, s=2."""
     found = []
-    for dim, levels in ((512, 8), (256, 8), (256, 1)):
+    for dim, levels in ((512, 8), (256, 8), (256, 2)):
         dims = tuple(dim >> level for level in range(levels + 1))
         width = sum(dims)
         signature = {

@@ -121,9 +121,10 @@ class MatchingModel(nn.Module):
         the real regions of each image.
         """
         if images.ndim == 4:
-            if not len(images):  # open_clip cannot tell the shape of what comes of no image
-                features = self.encode_image(images.new_zeros(1, *images.shape[1:]))
-                return features.first(0) if isinstance(features, Sequences) else features[:0]
+            if not len(images):  # of which open_clip cannot tell the features' shape
+                shape = (0, 1, self.config.embed_dim) if self.head.takes_sequences else (0, self.config.embed_dim)
+                nothing = images.new_zeros(shape)
+                return Sequences(nothing) if self.head.takes_sequences else nothing
             images = images.contiguous(memory_format=torch.channels_last)
         return self._for_head(self.image_tower(images) if lengths is None else self.image_tower(images, lengths))
 

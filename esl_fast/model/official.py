@@ -107,9 +107,8 @@ def read_head(state_dict: Mapping[str, Tensor], layout: Layout = GLOBAL) -> tupl
             weights[f"contribution.{own.format(k)}"] = take(sims + name.format(k), (d, d))
     if aggregator == "heuristic" and levels:
         kernel_size = take(level_key("image", aggregator, 1), (4, 1, None)).shape[-1]
-        expected = level_dims(dims[0], kernel_size, levels)
-        if dims != expected:
-            raise ValueError(f"levels of {dims} units do not follow from filters of {kernel_size} taps: {expected}")
+        if not kernel_size or dims != level_dims(dims[0], kernel_size, levels):
+            raise ValueError(f"levels of {dims} units do not follow from filters of {kernel_size} taps")
     else:
         kernel_size = _infer_kernel_size(dims) if levels else 2
     for side in SHORT:

@@ -253,10 +253,11 @@ class LevelHead(nn.Module):
 
     @classmethod
     def from_official(cls, state_dict: Mapping[str, Any]) -> Self:
-        """Head from the official code's weights: a state dict that holds them, or a whole region-word checkpoint.
+        """Head from the official code's weights: a state dict that holds them, or a whole checkpoint.
 
         Global names come with or without ``pool_frames.``; other keys are ignored. Aggregator, embedding size and
-        levels follow from the shapes. Raises ValueError naming what is missing.
+        levels follow from the shapes. Raises ValueError naming what is missing or misshapen, TypeError for what is no
+        state dict.
         """
         config, weights = official.read_head(official.similarity_part(state_dict), cls.layout)
         head = cls(**config).to(next(iter(weights.values())).dtype)

@@ -21,10 +21,6 @@ class Sequences(NamedTuple):
     def float(self) -> "Sequences":
         return self._replace(vectors=self.vectors.float())
 
-    def first(self, n: int) -> "Sequences":
-        """The first ``n`` items."""
-        return Sequences(self.vectors[:n], None if self.lengths is None else self.lengths[:n])
-
     def padding(self) -> Tensor | None:
         """``(n, L)``, True where a vector is not real; None where all are."""
         if self.lengths is None:

@@ -8,14 +8,26 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-_steps = 0  # of any optimizer: a fused one changes weights without raising their versions
+# Steps of optimizers that each weight in a cache has been through: a fused one changes weights without raising their
+# versions.
+_steps: dict[int, int] = {}
 
 
-@register_optimizer_step_post_hook
-def _count(*_: Any) -> None:
-    global _steps
-    if not torch.compiler.is_compiling():
-        _steps += 1
+def _count(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    if _steps and not torch.compiler.is_compiling():
+        for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+            if id(weight) in _steps:
+                _steps[id(weight)] += 1
+
+
+_hook = register_optimizer_step_post_hook(_count)
+
+
+def _steps_of(weight: Tensor) -> int:
+    if id(weight) not in _steps:
+        _steps[id(weight)] = 0
+        weakref.finalize(weight, _steps.pop, id(weight), None)
+    return _steps[id(weight)]
 
 
 class WeightsCache:
@@ -44,7 +56,7 @@ class WeightsCache:
             if torch.cuda.is_current_stream_capturing():
                 return (make_once or make)(weights)  # at replay, from the weights of that time
             stream = torch.cuda.current_stream(weights[0].device).cuda_stream
-        key = [_steps, *((w.data_ptr(), w._version, w.dtype) for w in weights)]
+        key = [(w.data_ptr(), w._version, w.dtype, _steps_of(w)) for w in weights]
         name = kind, len(weights), stream
         known, found, values, made = self._kept.get(name, ((), None, (), None))
         # An address may serve another tensor later: identity says that it is this one.

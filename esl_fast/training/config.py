@@ -74,7 +74,7 @@ class TrainConfig:
         evals_per_epoch: Evaluations on the validation split in an epoch.
         patience: Stop after so many evaluations without a better rsum; 0 never stops early.
         eval_batch_size: Images or captions encoded at a time in evaluation.
-        workers: Processes that load data; 0 loads in the main process.
+        workers: Processes that load data, at most one a CPU; 0 loads in the main process.
         device: auto, cpu, cuda or cuda:N.
         seed: Of initialisation, order and augmentation.
         deterministic: Use deterministic algorithms only (slower on a GPU; on a CPU runs repeat bit by bit anyway).

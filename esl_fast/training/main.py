@@ -57,6 +57,8 @@ def train(config: TrainConfig) -> int:
             file=sys.stderr,
         )
         return 128 + interrupt.signal
+    finally:
+        trainer.log.close()
     picture = draw_curves(run, result["chance_rsum"])
     (run / RESULTS).write_text(json.dumps(result, indent=2) + "\n")
     print(

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from esl_fast.model.checkpoint import existing, replace_text
 from esl_fast.training.config import CONFIG_FILE
@@ -49,18 +49,45 @@ def create_run(logs: str, name: str) -> Path:
             raise FileExistsError(
                 f"{run} holds a run already: choose another --name, or continue it with --resume {run}"
             )
-        left = list(run.iterdir())
-        foreign = [p.name for p in left if p.name not in LEFTOVERS and not p.name.startswith(UNFINISHED)]
-        if foreign or ((run / METRICS).is_file() and any(entry["step"] for entry in read_metrics(run))):
-            raise FileExistsError(f"{run} holds {foreign[0] if foreign else METRICS}: choose another --name")
-        for path in left:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        kept = [path.name for path in run.iterdir() if not _left_over(path)]
+        if kept:
+            raise FileExistsError(f"{run} holds {kept[0]}: choose another --name")
         (run / METRICS).touch()
     except FileExistsError:
         raise
     except OSError as error:
-        raise OSError(f"cannot write into {run}: {error.strerror}; choose another folder with --logs") from error
+        reason = error.strerror or error
+        raise OSError(f"cannot write into {run}: {reason}; choose another folder with --logs") from error
     return run
+
+
+def _left_over(path: Path) -> bool:
+    """Whether a run that ended before its first checkpoint may have left this, and none writes there now."""
+    if path.name != METRICS:
+        return path.name in LEFTOVERS or path.name.startswith(UNFINISHED)
+    try:
+        entries = [json.loads(line) for line in path.read_text().splitlines()]
+        return all(entry["step"] == 0 for entry in entries) and not _is_locked(path)
+    except (ValueError, TypeError, KeyError):
+        return False  # not a run's
+
+
+def _lock(file: IO) -> bool:
+    """Whether this process is now the one that writes a file; True where that cannot be said."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):  # another system, another file system
+        pass
+    return True
+
+
+def _is_locked(path: Path) -> bool:
+    with path.open() as file:
+        return not _lock(file)
 
 
 class RunLog:
@@ -70,9 +97,14 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = run / METRICS
-        if resumed_step is not None:
+        if resumed_step is None:
+            shutil.rmtree(run / BOARD, ignore_errors=True)  # of one that failed before it began
+            kept = []
+        else:
             kept = [entry for entry in read_metrics(run) if entry["step"] <= resumed_step]
-            replace_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        replace_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        self._locked = self.path.open()
+        _lock(self._locked)
         self._board = SummaryWriter(run / BOARD, purge_step=resumed_step and resumed_step + 1)
         self._failed: set[str] = set()
 
@@ -86,6 +118,7 @@ class RunLog:
                     self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
+        self._locked.close()
         with self._forgiving("TensorBoard's scalars"):
             self._board.close()
 

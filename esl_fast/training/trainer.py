@@ -105,9 +105,7 @@ class Trainer:
                 f"{self.run / BEST} is of rsum {self.best_rsum:.1f}",
                 stacklevel=2,
             )
-        result = self._test()
-        self.log.close()
-        return result | {"best_step": self.best_step, "best_val_rsum": self.best_rsum}
+        return self._test() | {"best_step": self.best_step, "best_val_rsum": self.best_rsum}
 
     def _test(self) -> dict[str, Any]:
         split = self.data.val if self.data.test is None else self.data.test
@@ -121,7 +119,8 @@ class Trainer:
             )
         except DataError as error:
             raise DataError(
-                f"{error}; training is complete and saved: once that is mended, --resume {self.run} evaluates"
+                f"{str(error).rstrip()}; training is complete and saved: "
+                f"once that is mended, --resume {self.run} evaluates"
             ) from error
         known = (entry for entry in read_metrics(self.run) if entry["kind"] == "test")
         if split is self.data.test and not any(entry["step"] == self.best_step for entry in known):
@@ -316,6 +315,9 @@ class Trainer:
             )
         for name in PROGRESS:
             setattr(self, name, progress.get(name, getattr(self, name)))
+        if "best_step" not in progress:  # as runs once were saved
+            validated = [entry for entry in read_metrics(self.run) if entry["kind"] == "val"]
+            self.best_step = max(validated, key=lambda entry: entry["rsum"], default={"step": 0})["step"]
         if progress["scaler"]:
             self.scaler.load_state_dict(progress["scaler"])
 
