@@ -23,8 +23,9 @@ def test_golden_similarity_loss_and_gradients(name, device):
     features = [golden[f"{side}_features"].to(device).requires_grad_() for side in ("image", "text")]
     scale = golden["logit_scale"].to(device).requires_grad_()
     with esl_fast.use_backend("triton"):
-        assert relative(head(*features).detach(), golden["similarity"]) <= 1e-5
-        loss = esl_fast.contrastive_loss(*head.sides(*features), scale.exp())
+        scores = head.scores(*features)
+        assert relative(scores.matrix().detach(), golden["similarity"]) <= 1e-5
+        loss = esl_fast.contrastive_loss(*scores.factors(), scale.exp())
     loss.backward()
     assert loss.item() == pytest.approx(golden["loss"].item(), rel=1e-5)
 
