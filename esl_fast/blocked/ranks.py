@@ -37,6 +37,15 @@ class ByOwner(NamedTuple):
     starts: list[int]  # where each image's captions begin, and M
     sorted: bool  # whether they lie in that order already
 
+    def blocks(self) -> list[tuple[slice, slice]]:
+        """Ranges of images, as :func:`owner_blocks` cuts them, and of the captions they own."""
+        blocks = owner_blocks(self.counts.tolist())
+        return [(slice(first, last), slice(self.starts[first], self.starts[last])) for first, last in blocks]
+
+    def as_given(self, x: Tensor) -> Tensor:
+        """Values ``(M,)`` of the captions in that order, in the order in which they were given."""
+        return torch.empty_like(x).scatter_(0, self.order, x)
+
 
 def by_owner(owners: Tensor, n: int) -> ByOwner:
     order = owners.argsort(stable=True)
@@ -87,9 +96,9 @@ def retrieval_ranks(image_units: Tensor, folded_text_units: Tensor, owners: Tens
     counted later, a positive never loses to its own rounding.
     """
     n, m = image_units.shape[0], folded_text_units.shape[0]
-    order, sorted_owners, counts, starts, in_order = by_owner(owners, n)
-    texts = folded_text_units if in_order else folded_text_units[order]
-    blocks = [(slice(*block), slice(starts[block[0]], starts[block[1]])) for block in owner_blocks(counts.tolist())]
+    owned = by_owner(owners, n)
+    texts = folded_text_units if owned.sorted else folded_text_units[owned.order]
+    blocks = owned.blocks()
     compute = torch.promote_types(image_units.dtype, torch.float32)
     counter = RankCounter(n, m, compute, image_units.device)
 
@@ -99,7 +108,7 @@ def retrieval_ranks(image_units: Tensor, folded_text_units: Tensor, owners: Tens
     kept, budget = {}, KEPT_BYTES
     for images, captions in blocks:
         scores = tile(images, captions)
-        counter.set_bars(images, captions, scores, sorted_owners[captions] - images.start)
+        counter.set_bars(images, captions, scores, owned.owners[captions] - images.start)
         budget -= scores.nbytes
         if budget >= 0:
             kept[images.start] = scores
@@ -108,5 +117,5 @@ def retrieval_ranks(image_units: Tensor, folded_text_units: Tensor, owners: Tens
         for _, captions in blocks:
             scores = kept.get(images.start) if captions == own else None
             counter.count(images, captions, tile(images, captions) if scores is None else scores)
-    image_ranks, text_ranks = counter.ranks(counts)
-    return image_ranks, torch.empty_like(text_ranks).scatter_(0, order, text_ranks)
+    image_ranks, text_ranks = counter.ranks(owned.counts)
+    return image_ranks, owned.as_given(text_ranks)

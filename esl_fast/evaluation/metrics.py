@@ -66,7 +66,7 @@ def ranks_from_similarity(similarity: Tensor | np.ndarray, owners: Tensor | np.n
     bad = (~torch.isfinite(similarity)).any(1).nonzero().flatten().tolist()
     if bad:
         raise ValueError(f"similarity has non-finite scores in {len(bad)} of {n} rows: {', '.join(map(str, bad[:10]))}")
-    # Ranks are counted in it.
+    # Scores are compared in it, and ranks counted.
     compute = torch.promote_types(similarity.dtype, torch.float32 if similarity.is_floating_point() else torch.float64)
     counter = RankCounter(n, m, compute, device)
     captions = slice(0, m)

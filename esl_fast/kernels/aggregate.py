@@ -23,11 +23,9 @@ from esl_fast.kernels._common import cdiv, matrices_of, next_power_of_2, on_devi
 from esl_fast.kernels._launch import launch
 from esl_fast.kernels._op import op
 from esl_fast.kernels.plan import processors
-from esl_fast.kernels.select import Selection, adaptive_dims, locate, selection_dims
+from esl_fast.kernels.select import EPS, Selection, adaptive_dims, locate, selection_dims
 from esl_fast.reference.aggregate import CHAINS
-from esl_fast.reference.aggregate import EPS as UNIT_EPS
 
-EPS = tl.constexpr(UNIT_EPS)
 PROGRAMS = 16  # of the adaptive forward on a multiprocessor, one warp each
 
 

@@ -28,9 +28,8 @@ from esl_fast.kernels._case import CompileCase
 from esl_fast.kernels._common import INTERPRETING, cdiv, on_device_of, padded_rows
 from esl_fast.kernels._launch import launch
 from esl_fast.kernels._op import op
-from esl_fast.kernels.aggregate import EPS
 from esl_fast.kernels.plan import descriptor, processors, target_of, tma_ready
-from esl_fast.kernels.select import adaptive_dims, select, selection_dims
+from esl_fast.kernels.select import EPS, adaptive_dims, select, selection_dims
 from esl_fast.kernels.tile import halves
 
 TARGETS = ("sm_90", "interpreted")  # where it pays, and where it is tested without a GPU

@@ -122,9 +122,8 @@ class MatchingModel(nn.Module):
         """
         if images.ndim == 4:
             if not len(images):  # of which open_clip cannot tell the features' shape
-                shape = (0, 1, self.config.embed_dim) if self.head.takes_sequences else (0, self.config.embed_dim)
-                nothing = images.new_zeros(shape)
-                return Sequences(nothing) if self.head.takes_sequences else nothing
+                nothing = images.new_zeros(0, self.config.embed_dim)
+                return Sequences(nothing[:, None]) if self.head.takes_sequences else nothing
             images = images.contiguous(memory_format=torch.channels_last)
         return self._for_head(self.image_tower(images) if lengths is None else self.image_tower(images, lengths))
 

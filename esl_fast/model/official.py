@@ -79,7 +79,7 @@ def read_head(state_dict: Mapping[str, Tensor], layout: Layout = GLOBAL) -> tupl
     tensors = named_tensors(state_dict, layout.prefix)
     sims, level_key = layout.sims, layout.level_key
 
-    def take(key: str, shape: tuple[int, ...]) -> Tensor:
+    def take(key: str, shape: tuple[int | None, ...]) -> Tensor:
         if key not in tensors:
             optional = f" (with or without {layout.prefix!r})" if layout.prefix else ""
             raise ValueError(f"no tensor {key!r}{optional} among {len(tensors)}: not an ESL head of this variant")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from esl_fast._autocast import without_autocast
-from esl_fast.blocked.ranks import RankCounter, by_owner, owner_blocks
+from esl_fast.blocked.ranks import RankCounter, by_owner
 from esl_fast.blocked.region_word_pairs import candidate_scores
 from esl_fast.blocked.topk import stable_topk
 from esl_fast.ops import checks
@@ -55,10 +55,10 @@ def region_word_ranks(
     checks.owners_within(owners, n)
     checks.finite_sequences("region_units", region_units, region_lengths)
     checks.finite_sequences("word_units", word_units, word_lengths)
-    order, sorted_owners, counts, starts, in_order = by_owner(owners.long(), n)
-    captions = CaptionBlocks(word_units, word_lengths, region_units.device, None if in_order else order)
+    owned = by_owner(owners.long(), n)
+    captions = CaptionBlocks(word_units, word_lengths, region_units.device, None if owned.sorted else owned.order)
     # Every caption lies in the diagonal tile of its image.
-    blocks = [(slice(*block), slice(starts[block[0]], starts[block[1]])) for block in owner_blocks(counts.tolist())]
+    blocks = owned.blocks()
     owning = [(images, texts) for images, texts in blocks if texts.start < texts.stop]
     counter = RankCounter(n, m, torch.promote_types(region_units.dtype, torch.float32), region_units.device)
 
@@ -70,15 +70,14 @@ def region_word_ranks(
     # another rounding of itself.
     for images, texts in owning:
         scores = tile(images, texts)
-        counter.set_bars(images, texts, scores, sorted_owners[texts] - images.start)
+        counter.set_bars(images, texts, scores, owned.owners[texts] - images.start)
         counter.count(images, texts, scores)
-    # Images of one block in a row, those without captions last: nothing but their captions' ranks waits for them.
     for images, own in blocks:
         for _, texts in owning:
             if texts != own:
                 counter.count(images, texts, tile(images, texts))
-    image_ranks, text_ranks = counter.ranks(counts)
-    return image_ranks, torch.empty_like(text_ranks).scatter_(0, order, text_ranks)
+    image_ranks, text_ranks = counter.ranks(owned.counts)
+    return image_ranks, owned.as_given(text_ranks)
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from esl_fast._autocast import without_autocast
-from esl_fast._eager import is_eager
 from esl_fast.ops.backend import use_kernels
 
 Weights = Tensor | Sequence[Tensor]
@@ -20,7 +19,7 @@ def in_one_step(
     What is amiss is found, and called by its name, by the ops one by one. Features should be ``width`` wide, and
     parameters have ``shapes``.
     """
-    if not is_eager() or not isinstance(images, Tensor) or not use_kernels(images):
+    if torch.compiler.is_compiling() or not isinstance(images, Tensor) or not use_kernels(images):
         return False
     from esl_fast.kernels._op import plain  # Triton is imported only where it is used
 
