@@ -5,6 +5,7 @@ import copy
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -246,6 +247,25 @@ def test_streaming_names_rows_of_the_whole(monkeypatch, aggregator):
             head(few, many)
         with pytest.raises(ValueError, match=r"image_features .* 2 of 83 rows: 3, 70$"):
             head(many, few)
+
+
+@either
+def test_threads_and_calls_do_not_share_results(monkeypatch, aggregator):
+    monkeypatch.setattr(blocked.similarity, "BLOCK", 16)
+    head, images, texts = random_head(aggregator), torch.randn(12, 10, 64), torch.randn(12, 83, 64)
+    with torch.no_grad():
+        expected = [(head(x, y), head.image_units(x), head.text_units(y)) for x, y in zip(images, texts, strict=True)]
+
+    @torch.no_grad()
+    def score(i):
+        x, y = images[i % 12], texts[i % 12]
+        return head(x, y), head.image_units(x), head.text_units(y)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(score, range(120)))
+    for i, results in enumerate(found):
+        for result, right in zip(results, expected[i % 12], strict=True):
+            assert torch.equal(result, right)
 
 
 @pytest.mark.parametrize("training", [False, True])

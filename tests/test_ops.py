@@ -59,6 +59,9 @@ WEIGHTS = {
     "wide taps": lambda: random_taps(2, 5),
     "one tap": lambda: random_taps(3, 1),
     "no taps": lambda: random_taps(0),
+    "tiny taps": lambda: 1e-7 * random_taps(5),
+    "taps of many sizes": lambda: 10.0 ** torch.arange(-4, 5, 2)[:, None] * random_taps(5),
+    "zero taps": lambda: random_taps(5) * torch.tensor([1, 1, 0, 1, 1])[:, None],
     "matrices": lambda: random_matrices(67, 33, 16, 8, 4),
     "matrices down to one entry": lambda: random_matrices(67, 2, 1, 1),
     "matrices upwards": lambda: random_matrices(67, 90, 5),
@@ -75,11 +78,28 @@ WEIGHTS = {
 @chains
 def test_blocked_aggregate(monkeypatch, weights, rows, normalize, chain):
     monkeypatch.setattr(blocked.aggregate, "BLOCK", 4)
-    monkeypatch.setattr(blocked.aggregate, "TRANSPOSED", 3)
     weights, x = weights(), 3 * torch.randn(rows, 67)
     units = ops.aggregate(x, weights, chain=chain, normalize=normalize)
     assert units.dtype == torch.float32
     torch.testing.assert_close(units.double(), defined(x, weights, chain=chain, normalize=normalize), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+@pytest.mark.parametrize("weights", [random_taps(5), random_matrices(67, 33, 16, 8)], ids=AGGREGATORS)
+@chains
+def test_embeddings_of_any_size(scale, weights, chain):
+    x = scale * torch.randn(5, 67)
+    units = ops.aggregate(x, weights, chain=chain)
+    torch.testing.assert_close(units.double(), defined(x, weights, chain=chain), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("weights", [random_taps(3), random_matrices(64, 32, 16, 8)], ids=AGGREGATORS)
+def test_units_of_blocks_last_until_the_next(weights):
+    of_block = ops.aggregator(weights, torch.float32, chain="raw")
+    for rows in (7, 7, 3, 20, 7, 5, 4, 2, 1, 0, 7):  # more sizes than are kept, growing and shrinking
+        of_block(torch.full((rows, 64), torch.nan))  # what is left must not show
+        x = torch.randn(rows, 64)
+        torch.testing.assert_close(of_block(x).double(), defined(x, weights, chain="raw"), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize(

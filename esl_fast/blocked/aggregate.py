@@ -1,24 +1,203 @@
-"""Measure-units on a CPU without gradients, vectorised over the batch.
+"""Measure-units on a CPU without gradients, block by block of embeddings.
 
-Units are kept *units-major*: `(U, n)` in memory, handed out as its `(n, U)` transpose. A level then is a
-block of contiguous rows, a pair of neighbouring units two rows, and every filter tap, sparse product, norm and
-scale a long unit-stride loop; the matrix product that follows takes either layout at the same speed.
+Every level is first made of raw predecessors, and all are divided by their norms at the end. Where the definition
+reads normalised units, a level is that of the raw ones over the predecessor's divisor, so that only the epsilon of its
+own divisor differs: see :meth:`Units._scales`.
 """
 
+import math
+import threading
 import warnings
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from esl_fast.reference.aggregate import EPS
+from esl_fast.reference.aggregate import EPS, level_dims
 
-# Vectors handled at a time: a level and its temporaries stay in the cache.
+# Vectors handled at a time.
 BLOCK = 2048
-# Of these, vectors transposed at a time.
-TRANSPOSED = 420
+# Windows of a filter that one row of a product covers.
+WINDOWS = 8
+# Entries of an embedding that one product turns over.
+TURNED = 32
+# Blocks of how many sizes find their views made.
+ROOMS = 4
 # Share of kept entries beyond which a dense product is faster: rows of fewer than 40 entries, and many ties.
 DENSE = 1 / 20
+
+
+class Units(threading.local):
+    """What makes units of embeddings `x (n, d)`, float32 or float64, in memory that each thread keeps for its next x.
+
+    Memory taken anew for every block would be paid for page by page, and views of it would, each, find the caches cold
+    after a matrix product. What a call returns therefore lasts until the thread's next, unless `out` is given, which
+    :meth:`empty` makes.
+    """
+
+    def __init__(self, sizes: Tensor, *, chain: str, normalize: bool):
+        """`sizes (L,)`: how many times too small the raw vectors of each level are made."""
+        self.chained, self.normalize = chain == "normalized", normalize
+        sizes = sizes.double() if self.chained else sizes.double().cumprod(0)
+        self.eps = (EPS / sizes).clamp_(max=1e30)
+        self._memory: Tensor | None = None
+        self._rooms: dict[torch.Size, SimpleNamespace] = {}
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        if x.shape not in self._rooms:
+            room = self._make_room(x)
+            if len(self._rooms) == ROOMS:
+                self._rooms.clear()
+            self._rooms[x.shape] = room
+        room = self._rooms[x.shape]
+        levels = room.levels if out is None else self._levels(out, x)
+        self._make(x, levels, room)
+        return room.own if out is None else out
+
+    def empty(self, x: Tensor) -> Tensor:
+        """`(n, U)`, uninitialised."""
+        raise NotImplementedError
+
+    def _dims(self, x: Tensor) -> list[int]:
+        raise NotImplementedError
+
+    def _levels(self, out: Tensor, x: Tensor) -> Sequence[Tensor]:
+        """Levels of `out (n, U)`, laid out as :meth:`_make` takes them."""
+        raise NotImplementedError
+
+    def _make_room(self, x: Tensor) -> SimpleNamespace:
+        """Memory for as many vectors: their `own` units and `levels`, norms, and what else :meth:`_make` writes."""
+        raise NotImplementedError
+
+    def _make(self, x: Tensor, levels: Sequence[Tensor], room: SimpleNamespace) -> None:
+        raise NotImplementedError
+
+    def _parts(self, x: Tensor, widths: Sequence[int]) -> list[Tensor]:
+        """Memory for so many entries a vector of `x`, each flat."""
+        sizes = [len(x) * width for width in widths]
+        if self._memory is None or sum(sizes) > len(self._memory):
+            self._rooms.clear()
+            with torch.inference_mode(False):  # may be written in that mode and out of it
+                self._memory = torch.empty(sum(sizes), dtype=x.dtype)
+        return list(self._memory[: sum(sizes)].split(sizes))
+
+    def _set_norms(self, norms: Tensor, room: SimpleNamespace) -> None:
+        room.norms, room.each_norm, room.later_norms = norms, norms.unbind(), norms[1:]
+        room.eps = self.eps.to(norms.dtype).view(-1, *[1] * (norms.ndim - 1))
+        room.each_eps = room.eps.unbind()
+
+    def _scales(self, room: SimpleNamespace) -> None:
+        """Overwrite norms of raw vectors by what each vector is multiplied by.
+
+        ``u_k = z_k / (|z_k| + eps)`` of ``z_k = A_k u_{k-1} = A_k z_{k-1} / n_{k-1}`` has the divisor ``n_k = |A_k
+        z_{k-1}| + eps * n_{k-1}``; in the raw chain, whose z_0 alone is normalised, ``|z_k| + eps * n_0``.
+        """
+        first, *later = room.each_norm
+        if not self.normalize:
+            first.fill_(1)
+        if self.chained:
+            for previous, norm, eps in zip(room.each_norm, later, room.each_eps, strict=False):
+                norm.addcmul_(previous, eps)
+        else:
+            room.later_norms.addcmul_(first, room.eps)
+        room.norms.reciprocal_()
+
+
+class FilteredUnits(Units):
+    """Of the heuristic aggregator, `taps (L, s)`. Units lie row by row.
+
+    A level is a skinny product: a few windows at a time, times a block-diagonal matrix of taps.
+    """
+
+    def __init__(self, taps: Tensor, *, chain: str, normalize: bool):
+        sizes = taps.abs().amax(1)
+        sizes = torch.where(sizes > 0, sizes, 1)
+        super().__init__(sizes, chain=chain, normalize=normalize)
+        diagonal = torch.eye(WINDOWS, dtype=taps.dtype)
+        self.filters = (taps / sizes[:, None])[:, None, :, None] * diagonal[:, None, :]  # (L, windows, s, windows)
+
+    def empty(self, x: Tensor) -> Tensor:
+        width = sum(self._dims(x))
+        return x.new_empty(len(x), spread(width))[:, :width]
+
+    def _dims(self, x: Tensor) -> list[int]:
+        return level_dims(x.shape[1], self.filters.shape[2], len(self.filters))
+
+    def _levels(self, out: Tensor, x: Tensor) -> Sequence[Tensor]:
+        return out.split(self._dims(x), 1)
+
+    def _make_room(self, x: Tensor) -> SimpleNamespace:
+        dims, n, s = self._dims(x), len(x), self.filters.shape[2]
+        own, *raw, norms = self._parts(x, [spread(sum(dims)), *dims[1:], len(dims)])
+        own = own.view(n, spread(sum(dims)))[:, : sum(dims)]
+        raw = [z.view(n, d) for z, d in zip(raw, dims[1:], strict=True)]
+        room = SimpleNamespace(own=own, levels=self._levels(own, x), raw=raw, products=[])
+        self._set_norms(norms.view(len(dims), n, 1), room)
+        for taps, z, d in zip(self.filters, raw, dims[1:], strict=True):
+            windows = max(w for w in range(1, WINDOWS + 1) if d % w == 0)
+            matrix = taps[:windows, :, :windows].reshape(s * windows, windows)
+            room.products.append((matrix, s * d, z.view(n * d // windows, windows)))
+        return room
+
+    def _make(self, x: Tensor, levels: Sequence[Tensor], room: SimpleNamespace) -> None:
+        raw = [x, *room.raw]
+        for z, (matrix, width, out) in zip(raw, room.products, strict=False):
+            torch.mm(z[:, :width].reshape(-1, len(matrix)), matrix, out=out)
+        for z, norm in zip(raw, room.each_norm, strict=True):
+            torch.linalg.vector_norm(z, dim=1, keepdim=True, out=norm)
+        self._scales(room)
+        for z, scale, level in zip(raw, room.each_norm, levels, strict=True):
+            torch.mul(z, scale, out=level)
+
+
+class SelectedUnits(Units):
+    """Of the adaptive aggregator, of selected matrices `(d_l, d_{l-1})`, at best :func:`compressed`.
+
+    Units lie *units-major*: `(U, n)` in memory, handed out as its `(n, U)` transpose. A level then is a block of rows,
+    and every entry of a sparse matrix, norm and scale a long unit-stride loop; the matrix product that follows takes
+    either layout at the same speed.
+    """
+
+    def __init__(self, matrices: list[Tensor], *, chain: str, normalize: bool):
+        super().__init__(torch.ones(len(matrices)), chain=chain, normalize=normalize)
+        self.matrices = matrices
+
+    def empty(self, x: Tensor) -> Tensor:
+        return x.new_empty(sum(self._dims(x)), len(x)).mT
+
+    def _dims(self, x: Tensor) -> list[int]:
+        return [x.shape[1], *map(len, self.matrices)]
+
+    def _levels(self, out: Tensor, x: Tensor) -> Sequence[Tensor]:
+        return out.mT.split(self._dims(x))
+
+    def _make_room(self, x: Tensor) -> SimpleNamespace:
+        dims, n = self._dims(x), len(x)
+        own, squares, norms = self._parts(x, [sum(dims), sum(dims[1:]), len(dims)])
+        own = own.view(sum(dims), n).mT
+        room = SimpleNamespace(own=own, levels=self._levels(own, x))
+        self._set_norms(norms.view(len(dims), n), room)
+        room.squares = squares.view(sum(dims[1:]), n).split(dims[1:])
+        turned = math.gcd(x.shape[1], TURNED)
+        room.identity = torch.eye(turned, dtype=x.dtype).expand(x.shape[1] // turned, turned, turned)
+        return room
+
+    def _make(self, x: Tensor, levels: Sequence[Tensor], room: SimpleNamespace) -> None:
+        first, *later = room.each_norm
+        torch.linalg.vector_norm(x, dim=1, out=first)
+        count, turned, _ = room.identity.shape
+        # Turned over by a product with ones, which takes half the time of a copy.
+        parts = x.reshape(len(x), count, turned).permute(1, 2, 0)
+        torch.bmm(room.identity, parts, out=levels[0].view(count, turned, len(x)))
+        for matrix, z, level in zip(self.matrices, levels, levels[1:], strict=False):
+            torch.addmm(level, matrix, z, beta=0, out=level)
+        for level, squares, norm in zip(levels[1:], room.squares, later, strict=True):
+            torch.sum(torch.square(level, out=squares), 0, out=norm)
+        room.later_norms.sqrt_()
+        self._scales(room)
+        for level, scale in zip(levels, room.each_norm, strict=True):
+            level.mul_(scale)
 
 
 def compressed(matrix: Tensor) -> Tensor:
@@ -30,75 +209,17 @@ def compressed(matrix: Tensor) -> Tensor:
         return matrix.to_sparse_csr()
 
 
-def _next_level(z: Tensor, weight: Tensor, out: Tensor) -> float:
-    """`out (d_l, n)` from `z (d_{l-1}, n)`, but for a factor, which is returned: only norms ever ask for it."""
-    if weight.ndim == 2:
-        torch.mm(weight, z, out=out)
-        return 1.0
-    taps = weight.tolist()  # scaling by a number is faster than by a tensor
-    s, end = len(taps), out.shape[0] * len(taps)
-    # With a largest tap of 1, two entries of a window take one pass.
-    largest, *others = sorted(range(s), key=lambda t: -abs(taps[t]))
-    factor = taps[largest]
-    if not others or factor == 0:
-        torch.mul(z[largest:end:s], factor, out=out)
-        return 1.0
-    summed = z[largest:end:s]
-    for t in others:
-        summed = torch.add(summed, z[t:end:s], alpha=taps[t] / factor, out=out)
-    return factor
+def aggregate(x: Tensor, units: Units) -> Tensor:
+    """As :func:`esl_fast.reference.aggregate.aggregate` for `x (n, d)`, to keep."""
+    out = units.empty(x)
+    for start in range(0, len(x), BLOCK):
+        units(x[start : start + BLOCK], out=out[start : start + BLOCK])
+    return out
 
 
-def aggregate(x: Tensor, weights: Sequence[Tensor], *, chain: str, normalize: bool) -> Tensor:
-    """As :func:`esl_fast.reference.aggregate.aggregate` for `x (n, d)`, float32 or float64, without autograd.
+def spread(width: int) -> int:
+    """How far apart rows of `width` entries begin best: an odd number of cache lines (of float32).
 
-    Selected matrices may be :func:`compressed`.
+    At a power of two, a column falls into a few sets of the cache; off the lines, every vector written takes two.
     """
-    n, d = x.shape
-    dims = [d]
-    for weight in weights:
-        dims.append(dims[-1] // weight.numel() if weight.ndim == 1 else weight.shape[0])
-    units = x.new_empty(sum(dims), n)
-    for start in range(0, n, BLOCK):
-        rows = x[start : start + BLOCK]
-        levels = units[:, start : start + BLOCK].split(dims)
-        _transposed(rows, normalize, out=levels[0])
-        factor, factors = 1.0, []
-        for previous, level, weight in zip(levels, levels[1:], weights, strict=False):
-            factor *= _next_level(previous, weight, out=level)
-            if chain == "normalized":
-                _l2norm_(level, factor)
-                factor = 1.0
-            else:
-                factors.append(factor)
-        for level, factor in zip(levels[1:], factors, strict=False):
-            _l2norm_(level, factor)
-    return units.mT
-
-
-def spread_rows(x: Tensor) -> Tensor:
-    """Room for a copy of `x (n, d)`, rows an odd number of cache lines apart.
-
-    At a power of two, as d mostly is, a column falls into a few sets of the cache: transposing takes three times as
-    long, and a matrix product, now and then, a tenth more.
-    """
-    n, d = x.shape
-    return x.new_empty(n, 32 * (d // 32) + 48)[:, :d]
-
-
-def _transposed(rows: Tensor, normalize: bool, out: Tensor) -> None:
-    """`out (d, n)` from `rows (n, d)`, divided by their norms if wanted."""
-    spread = spread_rows(rows[:TRANSPOSED])
-    for some, columns in zip(rows.split(TRANSPOSED), out.split(TRANSPOSED, 1), strict=True):
-        scaled = spread[: len(some)]
-        if normalize:
-            torch.mul(some, torch.linalg.vector_norm(some, dim=1, keepdim=True).reciprocal_(), out=scaled)
-        else:
-            scaled.copy_(some)
-        columns.copy_(scaled.mT)
-
-
-def _l2norm_(z: Tensor, factor: float) -> None:
-    """`factor * z` over its norm along the first axis, in place."""
-    norms = z.square().sum(0).sqrt_().add_(EPS / max(abs(factor), 1e-300))
-    z.div_(norms if factor > 0 else norms.neg_())
+    return 32 * (width // 32) + 48

@@ -115,6 +115,23 @@ class ImageBlock:
         return torch.mv(x.view(-1, self.regions), self.ones).view(x.shape[:-1])
 
 
+class Operands(NamedTuple):
+    """A segment's products, the buffers it overwrites and what it fills, `(k, W, n, R)` where no shape is given."""
+
+    a: Tensor
+    b: Tensor
+    free: Tensor
+    free_rows: Tensor  # (k * W * n, R)
+    scales: Tensor  # flat: the next two
+    over_words: Tensor  # (k, 1, n, R)
+    over_regions: Tensor  # (k, W, n, 1)
+    word_sums: Tensor  # (k * W * n,): that again, overwritten by words' attended products
+    per_caption: Tensor  # (k, W, n)
+    words: Tensor  # (k, n): the sum of words' attended products
+    totals: Tensor  # (k, n, R): regions' weights
+    sums: Tensor  # (k, n, R): and weighted products
+
+
 class Reduction:
     """Products of words and regions to similarities, in buffers that the next segment overwrites.
 
@@ -124,8 +141,10 @@ class Reduction:
     def __init__(self, images: ImageBlock, smooth: Tensor, blocks: list[WordBlock]):
         self.images, self.smooth, self.eps = images, smooth, smooth.new_tensor(EPS)
         self.mild = abs(float(smooth)) <= MILD
-        size = _segment_rows(blocks) * len(images.units)
-        self.b, self.free = images.units.new_empty(size), images.units.new_empty(size)
+        segments = [segment for block in blocks for segment in block.segments]
+        size = max((s.rows * images.regions for s in segments), default=0) * images.n
+        scales = max((s.rows + s.captions * images.regions for s in segments), default=0) * images.n
+        self.b, self.free, self.scales = (images.units.new_empty(x) for x in (size, size, scales))
 
     def __call__(self, products: Tensor, block: WordBlock) -> Tensor:
         """Similarities `(K, n)` of a block's `products (T, n * R)`."""
@@ -134,37 +153,52 @@ class Reduction:
         totals, sums = products.new_empty(2, captions, images.n, images.regions).unbind()
         counts = [segment.captions for segment in block.segments]
         results = zip(words.split(counts), totals.split(counts), sums.split(counts), strict=True)
-        for a, result in zip(images.segments(products, block.segments), results, strict=True):
-            self._attend(a, *result)
+        parts = zip(images.segments(products, block.segments), results, strict=True)
+        for operands in [self._operands(a, *result) for a, result in parts]:
+            self._attend(operands)
         regions = images.sum_regions(sums.div_(totals)).div_(images.count)
         return regions.add_(words.div_(block.lengths[:, None]))
 
-    def _attend(self, a: Tensor, words: Tensor, totals: Tensor, sums: Tensor) -> None:
-        """Of `a (k, W, n, R)`: the sum of words' attended `a (k, n)`; regions' weights and weighted `a (k, n, R)`."""
-        b = leaky_relu_(torch.tanh(a, out=self.b.resize_(a.shape)), SLOPE)
-        square = torch.mul(b, b, out=self.free.resize_(a.shape))
-        over_words = self._scale(square.sum(1, keepdim=True))
-        over_regions = self._scale(self.images.sum_regions(square))[..., None]
+    def _operands(self, a: Tensor, words: Tensor, totals: Tensor, sums: Tensor) -> Operands:
+        captions, length, n, regions = a.shape
+        b, free = self.b[: a.numel()].view(a.shape), self.free[: a.numel()].view(a.shape)
+        sizes = captions * n * regions, captions * length * n
+        scales = self.scales[: sum(sizes)]
+        over_words, per_word = scales.split(sizes)
+        return Operands(
+            *(a, b, free, free.view(-1, regions), scales),
+            *(over_words.view(captions, 1, n, regions), per_word.view(captions, length, n, 1)),
+            *(per_word, per_word.view(captions, length, n), words, totals, sums),
+        )
 
-        weights = torch.mul(b, over_words, out=self.free)
-        if self.images.padding is not None:
-            weights.masked_fill_(self.images.padding, -torch.inf)
-        word_totals = self.images.sum_regions(self._exp(weights, 3))
-        torch.sum(self.images.sum_regions(weights.mul_(a)).div_(word_totals), 1, out=words)
+    def _attend(self, operands: Operands) -> None:
+        a, b, free, rows, scales, over_words, over_regions, word_sums, per_caption, words, totals, sums = operands
+        ones, padding = self.images.ones, self.images.padding
+        leaky_relu_(torch.tanh(a, out=b), SLOPE)
+        torch.mul(b, b, out=free)
+        torch.sum(free, 1, keepdim=True, out=over_words)
+        torch.mv(rows, ones, out=word_sums)
+        torch.div(self.smooth, scales.sqrt_().add_(self.eps), out=scales)  # smooth over the norms
 
-        weights = self._exp(b.mul_(over_regions), 1)
-        torch.sum(weights, 1, out=totals)
-        torch.sum(weights.mul_(a), 1, out=sums)
+        torch.mul(b, over_words, out=free)
+        b.mul_(over_regions)
+        if padding is not None:
+            free.masked_fill_(padding, -torch.inf)
+        self._exp(free, 3)
+        word_totals = torch.mv(rows, ones)
+        free.mul_(a)
+        torch.mv(rows, ones, out=word_sums).div_(word_totals)
+        torch.sum(per_caption, 1, out=words)
 
-    def _scale(self, square: Tensor) -> Tensor:
-        """Smooth over the norm."""
-        return torch.div(self.smooth, square.sqrt_().add_(self.eps), out=square)
+        self._exp(b, 1)
+        torch.sum(b, 1, out=totals)
+        torch.sum(b.mul_(a), 1, out=sums)
 
-    def _exp(self, logits: Tensor, dim: int) -> Tensor:
+    def _exp(self, logits: Tensor, dim: int) -> None:
         """Exponentials in place, up to a factor along `dim`."""
         if not self.mild:
             logits.sub_(logits.amax(dim, keepdim=True))
-        return logits.exp_()
+        logits.exp_()
 
 
 class Attention:

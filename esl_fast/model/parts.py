@@ -106,8 +106,12 @@ class Aggregator(Keeper):
 
     def prepared(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         """What makes units of block after block; see :func:`esl_fast.ops.aggregator`."""
-        weights, cache = self.levels()
-        return ops.aggregator(weights, dtype, chain=self.chain, normalize=self.normalize, cache=cache)
+
+        def make(_: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+            return ops.aggregator(self.levels()[0], dtype, chain=self.chain, normalize=self.normalize)
+
+        cache, weights = self.cache(), self.raw()
+        return make(weights) if cache is None else cache.get(f"aggregator {dtype}", weights, make)
 
 
 class HeuristicAggregator(Aggregator):

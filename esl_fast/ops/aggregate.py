@@ -61,7 +61,9 @@ def aggregate(
         levels = tensors[0].unbind() if heuristic else [reference.aggregate.select_top2(w) for w in tensors]
         units = reference.aggregate.aggregate(rows.to(compute), levels, **options).to(x.dtype)
     else:
-        units = aggregator(weights, x.dtype, cache=cache, **options)(rows)
+        compute = torch.promote_types(x.dtype, torch.float32)
+        units = _units(weights, compute, cache, **options)
+        units = blocked.aggregate.aggregate(rows.detach().to(compute), units).to(x.dtype)
     return units.view(*x.shape[:-1], units.shape[-1]) if x.ndim != 2 else units
 
 
@@ -71,28 +73,33 @@ def aggregator(
     *,
     chain: str,
     normalize: bool = True,
-    cache: WeightsCache | None = None,
 ) -> Callable[[Tensor], Tensor]:
     """:func:`aggregate` for block after block of rows ``(n, d)`` of a dtype, on a CPU without gradients.
 
-    Weights are looked at once, here; rows are not checked.
+    Weights are looked at once, here; rows are not checked. Units last until the thread's next block is made.
     """
     compute = torch.promote_types(dtype, torch.float32)
+    units = _units(weights, compute, None, chain=chain, normalize=normalize)
 
-    def compressed(matrices: Sequence[Tensor]) -> list[Tensor]:
-        selected = (reference.aggregate.select_top2(w.to(compute)) for w in matrices)
-        return [blocked.aggregate.compressed(matrix) for matrix in selected]
+    def of_block(rows: Tensor) -> Tensor:
+        return units(rows.detach().to(compute)).to(dtype)
 
-    if isinstance(weights, Tensor):
-        levels = weights.to(compute).unbind()
-    else:
-        levels = compressed(weights) if cache is None else cache.get(f"compressed {compute}", weights, compressed)
+    return of_block
 
-    def units(rows: Tensor) -> Tensor:
-        rows = rows.detach().to(compute)
-        return blocked.aggregate.aggregate(rows, levels, chain=chain, normalize=normalize).to(dtype)
 
-    return units
+def _units(
+    weights: Tensor | Sequence[Tensor], compute: torch.dtype, cache: WeightsCache | None, **options
+) -> blocked.aggregate.Units:
+    """What makes units in a dtype; of weights in a cache, always the same."""
+
+    def make(given: Sequence[Tensor]) -> blocked.aggregate.Units:
+        if isinstance(weights, Tensor):
+            return blocked.aggregate.FilteredUnits(given[0].to(compute), **options)
+        selected = [reference.aggregate.select_top2(w.to(compute)) for w in given]
+        return blocked.aggregate.SelectedUnits(list(map(blocked.aggregate.compressed, selected)), **options)
+
+    given = (weights,) if isinstance(weights, Tensor) else weights
+    return make(given) if cache is None else cache.get(f"units {compute} {options}", given, make)
 
 
 def _check_levels(x: Tensor, weights: Sequence[Tensor], heuristic: bool) -> None:
