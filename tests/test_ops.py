@@ -94,6 +94,31 @@ def test_embeddings_of_any_size(scale, weights, chain):
 
 
 @pytest.mark.parametrize("weights", [random_taps(3), random_matrices(64, 32, 16, 8)], ids=AGGREGATORS)
+def test_little_memory_is_kept(monkeypatch, weights):
+    monkeypatch.setattr(blocked.aggregate, "BLOCK", 8)
+    sizes, empty = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda size, **options: sizes.append(size) or empty(size, **options))
+    of_block = ops.aggregator(weights, torch.float32, chain="raw")
+    first, second = torch.randn(2, 83, 64)
+    kept = of_block(first)
+    of_block(second)
+    torch.testing.assert_close(kept.double(), defined(first, weights, chain="raw"), rtol=0, atol=2e-6)
+    assert len(sizes) <= 2
+    assert max(sizes) < 8 * 4 * 64
+
+
+@pytest.mark.parametrize("weights", [random_taps(3), random_matrices(64, 32, 16, 8)], ids=AGGREGATORS)
+def test_blocks_in_every_mode(weights):
+    of_block, x = ops.aggregator(weights, torch.float32, chain="normalized"), torch.randn(5, 64)
+    modes = [torch.inference_mode, torch.enable_grad, torch.no_grad, torch.inference_mode]
+    found = []
+    for mode in modes:
+        with mode():
+            found.append(of_block(x).clone())
+    assert all(torch.equal(found[0], units) for units in found)
+
+
+@pytest.mark.parametrize("weights", [random_taps(3), random_matrices(64, 32, 16, 8)], ids=AGGREGATORS)
 def test_units_of_blocks_last_until_the_next(weights):
     of_block = ops.aggregator(weights, torch.float32, chain="raw")
     for rows in (7, 7, 3, 20, 7, 5, 4, 2, 1, 0, 7):  # more sizes than are kept, growing and shrinking

@@ -46,7 +46,8 @@ class Units(threading.local):
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         if x.shape not in self._rooms:
-            room = self._make_room(x)
+            with torch.inference_mode(False):  # it may be written in that mode and out of it
+                room = self._make_room(x)
             if len(self._rooms) == ROOMS:
                 self._rooms.clear()
             self._rooms[x.shape] = room
@@ -78,8 +79,7 @@ class Units(threading.local):
         sizes = [len(x) * width for width in widths]
         if self._memory is None or sum(sizes) > len(self._memory):
             self._rooms.clear()
-            with torch.inference_mode(False):  # may be written in that mode and out of it
-                self._memory = torch.empty(sum(sizes), dtype=x.dtype)
+            self._memory = torch.empty(sum(sizes), dtype=x.dtype)
         return list(self._memory[: sum(sizes)].split(sizes))
 
     def _set_norms(self, norms: Tensor, room: SimpleNamespace) -> None:

@@ -82,7 +82,10 @@ def aggregator(
     units = _units(weights, compute, None, chain=chain, normalize=normalize)
 
     def of_block(rows: Tensor) -> Tensor:
-        return units(rows.detach().to(compute)).to(dtype)
+        rows = rows.detach().to(compute)
+        # What larger blocks need is not kept.
+        made = units(rows) if len(rows) <= blocked.aggregate.BLOCK else blocked.aggregate.aggregate(rows, units)
+        return made.to(dtype)
 
     return of_block
 
