@@ -1,5 +1,7 @@
 """The public ops: the blocked path against the definition, edge cases, errors."""
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
@@ -62,12 +64,16 @@ WEIGHTS = {
     "tiny taps": lambda: 1e-7 * random_taps(5),
     "taps of many sizes": lambda: 10.0 ** torch.arange(-4, 5, 2)[:, None] * random_taps(5),
     "zero taps": lambda: random_taps(5) * torch.tensor([1, 1, 0, 1, 1])[:, None],
+    "zero first taps": lambda: random_taps(6) * torch.tensor([0, 1, 1, 1, 1, 1])[:, None],
+    "huge taps": lambda: 1e30 * random_taps(5),
     "matrices": lambda: random_matrices(67, 33, 16, 8, 4),
     "matrices down to one entry": lambda: random_matrices(67, 2, 1, 1),
     "matrices upwards": lambda: random_matrices(67, 90, 5),
     "no matrices": lambda: [],
     "constant rows": lambda: [torch.ones(33, 67), torch.full((16, 33), -2.0)],
     "whole numbers": lambda: [torch.randint(-2, 3, w.shape).float() for w in random_matrices(67, 33, 16)],
+    "tiny matrices": lambda: [1e-12 * w for w in random_matrices(67, 33, 33, 33, 33, 16, 8)],
+    "a zero matrix": lambda: [torch.zeros(33, 67), *random_matrices(33, 33, 33, 33, 33, 16)],
     "zero rows": lambda: [torch.zeros(33, 67), *random_matrices(33, 16)],
 }
 
@@ -91,6 +97,52 @@ def test_embeddings_of_any_size(scale, weights, chain):
     x = scale * torch.randn(5, 67)
     units = ops.aggregate(x, weights, chain=chain)
     torch.testing.assert_close(units.double(), defined(x, weights, chain=chain), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("weights", [random_taps(8), random_matrices(*(512 >> k for k in range(9)))], ids=AGGREGATORS)
+@pytest.mark.parametrize("scale", [0, 1e-23])
+@chains
+def test_vectors_of_zeros_stay_zeros(weights, chain, scale):
+    x = torch.randn(3, 512)
+    x[1] = scale * torch.eye(512)[0]
+    units = ops.aggregate(x, weights, chain=chain, normalize=False)
+    expected = defined(x, weights, chain=chain, normalize=False)
+    torch.testing.assert_close(units[::2].double(), expected[::2], rtol=0, atol=2e-6)
+    assert units[1].norm() <= (1 if scale else 0)  # too small to have a norm; at least never longer than units
+
+
+@pytest.mark.parametrize("weights", [random_taps(3), random_matrices(64, 32, 16, 8)], ids=AGGREGATORS)
+def test_blocks_in_another_thread(weights):
+    weights = copy.deepcopy(weights)
+    parameters = [w.requires_grad_() for w in ([weights] if isinstance(weights, torch.Tensor) else weights)]
+    x = torch.randn(5, 64)
+    with torch.no_grad():
+        expected = defined(x, weights, chain="raw")
+        of_block = ops.aggregator(weights, torch.float32, chain="raw")
+        for weight in parameters:
+            weight.mul_(-3).add_(1)
+    with ThreadPoolExecutor(1) as pool:  # threads begin with gradients
+        found = pool.submit(of_block, x).result()
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-6)
+
+
+def test_coarse_products_leave_embeddings_as_they_are():
+    x = torch.randn(300, 512)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        units = ops.aggregate(x, random_matrices(512, 256), chain="raw")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    torch.testing.assert_close(units[:, :512], torch.nn.functional.normalize(x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("weights", [random_taps(3), random_matrices(64, 32, 16, 8)], ids=AGGREGATORS)
+def test_the_default_device_is_not_asked(weights):
+    x = torch.randn(5, 64)
+    with torch.device("meta"):
+        units = ops.aggregate(x, weights, chain="raw")
+    torch.testing.assert_close(units.double(), defined(x, weights, chain="raw"), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("weights", [random_taps(3), random_matrices(64, 32, 16, 8)], ids=AGGREGATORS)

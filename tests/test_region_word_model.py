@@ -1,6 +1,7 @@
 """The region-word head against golden files, its weights under the official names, and the models around it."""
 
 import argparse
+import copy
 import json
 import sys
 import types
@@ -48,6 +49,17 @@ def random_head(aggregator="heuristic", embed_dim=32, kernel_size=2, num_levels=
 
 def unit(*shape, dtype=torch.float32):
     return torch.nn.functional.normalize(torch.randn(*shape, dtype=dtype), dim=-1)
+
+
+@either
+def test_a_region_of_zeros_scores_as_defined(aggregator):
+    head = RegionWordHead(512, 2, 8, aggregator).eval()
+    regions, words, lengths = unit(2, 4, 512), unit(3, 5, 512), torch.tensor([5, 2, 3])
+    regions[1, 2:] = 0
+    with torch.no_grad():
+        scores = head(regions, words, lengths)
+        expected = copy.deepcopy(head).double().train()(regions.double(), words.double(), lengths)
+    torch.testing.assert_close(scores.double(), expected, rtol=0, atol=1e-5)
 
 
 @either

@@ -1,15 +1,14 @@
 """Measure-units on a CPU without gradients, block by block of embeddings.
 
-Every level is first made of raw predecessors, and all are divided by their norms at the end. Where the definition
-reads normalised units, a level is that of the raw ones over the predecessor's divisor, so that only the epsilon of its
-own divisor differs: see :meth:`Units._scales`.
+Both aggregators make every level of its predecessor's raw vectors, and divide all of them at the end, by what the
+definition divides by (see :class:`Scales`).
 """
 
 import math
 import threading
 import warnings
 from collections.abc import Sequence
-from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,146 +21,183 @@ BLOCK = 2048
 WINDOWS = 8
 # Entries of an embedding that one product turns over.
 TURNED = 32
-# Blocks of how many sizes find their views made.
-ROOMS = 4
+# Shapes of blocks whose views are kept.
+SHAPES = 4
 # Share of kept entries beyond which a dense product is faster: rows of fewer than 40 entries, and many ties.
 DENSE = 1 / 20
 
 
-class Units(threading.local):
-    """What makes units of embeddings `x (n, d)`, float32 or float64, in memory that each thread keeps for its next x.
+class Scales:
+    """Norms of levels' raw vectors, which become what the vectors are multiplied by to be units.
 
-    Memory taken anew for every block would be paid for page by page, and views of it would, each, find the caches cold
-    after a matrix product. What a call returns therefore lasts until the thread's next, unless `out` is given, which
-    :meth:`empty` makes.
+    ``u_k = A_k u_{k-1} / (||A_k u_{k-1}|| + eps)``, of ``u_{k-1} = z_{k-1} / n_{k-1}``, is ``z_k / n_k`` of the raw
+    ``z_k = A_k z_{k-1}``, with ``n_k = ||z_k|| + eps n_{k-1}``; where only z_0 is normalised, ``||z_k|| + eps n_0``.
     """
 
-    def __init__(self, sizes: Tensor, *, chain: str, normalize: bool):
-        """`sizes (L,)`: how many times too small the raw vectors of each level are made."""
+    def __init__(self, norms: Tensor, sizes: Tensor, chained: bool, normalize: bool):
+        """`norms (L+1, ...)`, to be filled; `sizes (L,)`: how many times too small A_k is taken."""
+        self.all, self.each, self.later = norms, norms.unbind(), norms[1:]
+        self.chained, self.normalize = chained, normalize
+        # A vector need not vanish where its norm does, and zeros must stay zeros: n_k is at least this part of n_0.
+        self.floor = math.sqrt(torch.finfo(norms.dtype).tiny)
+        eps = EPS / (sizes if chained else sizes.cumprod(0))
+        eps = eps.clamp(0 if chained else self.floor, 1e30).to(norms.dtype)
+        self.eps = eps.view(-1, *[1] * (norms.ndim - 1))
+        self.each_eps = self.eps.unbind()
+
+    def finish(self) -> None:
+        first, *later = self.each
+        if not self.normalize:
+            first.fill_(1)
+        if self.chained:
+            for previous, norm, eps in zip(self.each, later, self.each_eps, strict=False):
+                norm.addcmul_(previous, eps)
+            self.later.add_(first, alpha=self.floor)
+        else:
+            self.later.addcmul_(first, self.eps)
+        self.all.reciprocal_()
+
+
+class Kept(threading.local):
+    """Memory of one thread, and views of it by the shape of the embeddings they serve."""
+
+    def __init__(self) -> None:
+        self.memory: Tensor | None = None
+        self.views: dict[torch.Size, Any] = {}
+
+    def parts(self, x: Tensor, widths: Sequence[int]) -> list[Tensor]:
+        """Memory for so many entries an embedding of `x`, each flat."""
+        sizes = [len(x) * width for width in widths]
+        if self.memory is None or sum(sizes) > len(self.memory):
+            self.views.clear()
+            self.memory = torch.empty(sum(sizes), dtype=x.dtype, device=x.device)
+        return list(self.memory[: sum(sizes)].split(sizes))
+
+
+class Units:
+    """What makes units of embeddings `x (n, d)`, float32 or float64.
+
+    Where memory is taken anew for every block, and views of it are made, both are paid for: new memory page by page,
+    views by finding the caches cold after a matrix product. So a thread keeps them for its next block, and what a call
+    returns lasts until then, unless it is written to `out`, which :meth:`empty` makes.
+    """
+
+    def __init__(self, matrices: Sequence[Tensor], *, chain: str, normalize: bool):
+        """`matrices[k]`: taps or a matrix of level k + 1. They are kept at a size of about 1."""
+        sizes = [_power_of_2(matrix) for matrix in matrices]
+        self.matrices = [matrix / size for matrix, size in zip(matrices, sizes, strict=True)]
+        self.sizes = torch.tensor(sizes, dtype=torch.float64, device="cpu")
         self.chained, self.normalize = chain == "normalized", normalize
-        sizes = sizes.double() if self.chained else sizes.double().cumprod(0)
-        self.eps = (EPS / sizes).clamp_(max=1e30)
-        self._memory: Tensor | None = None
-        self._rooms: dict[torch.Size, SimpleNamespace] = {}
+        self.kept = Kept()
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        if x.shape not in self._rooms:
-            with torch.inference_mode(False):  # it may be written in that mode and out of it
-                room = self._make_room(x)
-            if len(self._rooms) == ROOMS:
-                self._rooms.clear()
-            self._rooms[x.shape] = room
-        room = self._rooms[x.shape]
-        levels = room.levels if out is None else self._levels(out, x)
-        self._make(x, levels, room)
-        return room.own if out is None else out
+        views = self.kept.views.get(x.shape)
+        if views is None:
+            with torch.inference_mode(False), torch.no_grad():  # written in this mode and out of it
+                views = self._views(x)
+            if len(self.kept.views) == SHAPES:
+                self.kept.views.clear()
+            self.kept.views[x.shape] = views
+        self._make(x, views.levels if out is None else self._levels(out, x), views)
+        return views.out if out is None else out
 
     def empty(self, x: Tensor) -> Tensor:
         """`(n, U)`, uninitialised."""
         raise NotImplementedError
 
     def _dims(self, x: Tensor) -> list[int]:
+        """Sizes of levels 0 to L."""
         raise NotImplementedError
 
     def _levels(self, out: Tensor, x: Tensor) -> Sequence[Tensor]:
-        """Levels of `out (n, U)`, laid out as :meth:`_make` takes them."""
+        """Levels of `out (n, U)`, as :meth:`_make` takes them."""
         raise NotImplementedError
 
-    def _make_room(self, x: Tensor) -> SimpleNamespace:
-        """Memory for as many vectors: their `own` units and `levels`, norms, and what else :meth:`_make` writes."""
+    def _views(self, x: Tensor) -> Any:
+        """What :meth:`_make` works on; its `out (n, U)` has the levels `levels`."""
         raise NotImplementedError
 
-    def _make(self, x: Tensor, levels: Sequence[Tensor], room: SimpleNamespace) -> None:
+    def _make(self, x: Tensor, levels: Sequence[Tensor], views: Any) -> None:
         raise NotImplementedError
 
-    def _parts(self, x: Tensor, widths: Sequence[int]) -> list[Tensor]:
-        """Memory for so many entries a vector of `x`, each flat."""
-        sizes = [len(x) * width for width in widths]
-        if self._memory is None or sum(sizes) > len(self._memory):
-            self._rooms.clear()
-            self._memory = torch.empty(sum(sizes), dtype=x.dtype)
-        return list(self._memory[: sum(sizes)].split(sizes))
+    def _scales(self, norms: Tensor) -> Scales:
+        return Scales(norms, self.sizes, self.chained, self.normalize)
 
-    def _set_norms(self, norms: Tensor, room: SimpleNamespace) -> None:
-        room.norms, room.each_norm, room.later_norms = norms, norms.unbind(), norms[1:]
-        room.eps = self.eps.to(norms.dtype).view(-1, *[1] * (norms.ndim - 1))
-        room.each_eps = room.eps.unbind()
 
-    def _scales(self, room: SimpleNamespace) -> None:
-        """Overwrite norms of raw vectors by what each vector is multiplied by.
+def _power_of_2(matrix: Tensor) -> float:
+    """About the size of the largest entry; 1 of what is 0 or not finite."""
+    largest = matrix.abs().max().item() if matrix.numel() else 0.0
+    return math.ldexp(1, min(max(math.frexp(largest)[1], -100), 100)) if math.isfinite(largest) else 1.0
 
-        ``u_k = z_k / (|z_k| + eps)`` of ``z_k = A_k u_{k-1} = A_k z_{k-1} / n_{k-1}`` has the divisor ``n_k = |A_k
-        z_{k-1}| + eps * n_{k-1}``; in the raw chain, whose z_0 alone is normalised, ``|z_k| + eps * n_0``.
-        """
-        first, *later = room.each_norm
-        if not self.normalize:
-            first.fill_(1)
-        if self.chained:
-            for previous, norm, eps in zip(room.each_norm, later, room.each_eps, strict=False):
-                norm.addcmul_(previous, eps)
-        else:
-            room.later_norms.addcmul_(first, room.eps)
-        room.norms.reciprocal_()
+
+class FilteredViews(NamedTuple):
+    out: Tensor
+    levels: Sequence[Tensor]
+    raw: list[Tensor]  # (n, d_l) of levels 1 to L
+    filters: list[Tensor]  # (s * windows, windows) of the same: taps on a diagonal
+    products: list[Tensor]  # (n * d_l / windows, windows): raw as filters give it
+    scales: Scales  # (L+1, n, 1)
 
 
 class FilteredUnits(Units):
-    """Of the heuristic aggregator, `taps (L, s)`. Units lie row by row.
+    """Of the heuristic aggregator's taps, `(s,)` a level. Units lie row by row.
 
     A level is a skinny product: a few windows at a time, times a block-diagonal matrix of taps.
     """
-
-    def __init__(self, taps: Tensor, *, chain: str, normalize: bool):
-        sizes = taps.abs().amax(1)
-        sizes = torch.where(sizes > 0, sizes, 1)
-        super().__init__(sizes, chain=chain, normalize=normalize)
-        diagonal = torch.eye(WINDOWS, dtype=taps.dtype)
-        self.filters = (taps / sizes[:, None])[:, None, :, None] * diagonal[:, None, :]  # (L, windows, s, windows)
 
     def empty(self, x: Tensor) -> Tensor:
         width = sum(self._dims(x))
         return x.new_empty(len(x), spread(width))[:, :width]
 
     def _dims(self, x: Tensor) -> list[int]:
-        return level_dims(x.shape[1], self.filters.shape[2], len(self.filters))
+        return level_dims(x.shape[1], len(self.matrices[0]) if self.matrices else 1, len(self.matrices))
 
     def _levels(self, out: Tensor, x: Tensor) -> Sequence[Tensor]:
         return out.split(self._dims(x), 1)
 
-    def _make_room(self, x: Tensor) -> SimpleNamespace:
-        dims, n, s = self._dims(x), len(x), self.filters.shape[2]
-        own, *raw, norms = self._parts(x, [spread(sum(dims)), *dims[1:], len(dims)])
-        own = own.view(n, spread(sum(dims)))[:, : sum(dims)]
+    def _views(self, x: Tensor) -> FilteredViews:
+        dims, n = self._dims(x), len(x)
+        out, *raw, norms = self.kept.parts(x, [spread(sum(dims)), *dims[1:], len(dims)])
+        out = out.view(n, spread(sum(dims)))[:, : sum(dims)]
+        windows = [max(w for w in range(1, WINDOWS + 1) if d % w == 0) for d in dims[1:]]
+        diagonal = torch.eye(WINDOWS, dtype=x.dtype, device=x.device)
+        filters = [torch.kron(diagonal[:w, :w], taps[:, None]) for w, taps in zip(windows, self.matrices, strict=True)]
+        products = [z.view(len(z) // w, w) for z, w in zip(raw, windows, strict=True)]
         raw = [z.view(n, d) for z, d in zip(raw, dims[1:], strict=True)]
-        room = SimpleNamespace(own=own, levels=self._levels(own, x), raw=raw, products=[])
-        self._set_norms(norms.view(len(dims), n, 1), room)
-        for taps, z, d in zip(self.filters, raw, dims[1:], strict=True):
-            windows = max(w for w in range(1, WINDOWS + 1) if d % w == 0)
-            matrix = taps[:windows, :, :windows].reshape(s * windows, windows)
-            room.products.append((matrix, s * d, z.view(n * d // windows, windows)))
-        return room
+        scales = self._scales(norms.view(len(dims), n, 1))
+        return FilteredViews(out, self._levels(out, x), raw, filters, products, scales)
 
-    def _make(self, x: Tensor, levels: Sequence[Tensor], room: SimpleNamespace) -> None:
-        raw = [x, *room.raw]
-        for z, (matrix, width, out) in zip(raw, room.products, strict=False):
-            torch.mm(z[:, :width].reshape(-1, len(matrix)), matrix, out=out)
-        for z, norm in zip(raw, room.each_norm, strict=True):
+    def _make(self, x: Tensor, levels: Sequence[Tensor], views: FilteredViews) -> None:
+        raw, scales = [x, *views.raw], views.scales
+        for z, level, matrix, product in zip(raw, views.raw, views.filters, views.products, strict=False):
+            covered = z[:, : level.shape[1] * len(matrix) // matrix.shape[1]]  # a last incomplete window is dropped
+            torch.mm(covered.reshape(-1, len(matrix)), matrix, out=product)
+        for z, norm in zip(raw, scales.each, strict=True):
             torch.linalg.vector_norm(z, dim=1, keepdim=True, out=norm)
-        self._scales(room)
-        for z, scale, level in zip(raw, room.each_norm, levels, strict=True):
+        scales.finish()
+        for z, scale, level in zip(raw, scales.each, levels, strict=True):
             torch.mul(z, scale, out=level)
 
 
+class SelectedViews(NamedTuple):
+    out: Tensor
+    levels: Sequence[Tensor]  # (d_l, n) of levels 0 to L
+    squares: Sequence[Tensor]  # (d_l, n) of levels 1 to L
+    identity: Tensor  # (d / turned, turned, turned)
+    scales: Scales  # (L+1, n)
+
+
 class SelectedUnits(Units):
-    """Of the adaptive aggregator, of selected matrices `(d_l, d_{l-1})`, at best :func:`compressed`.
+    """Of the adaptive aggregator's selected matrices, `(d_l, d_{l-1})`.
 
     Units lie *units-major*: `(U, n)` in memory, handed out as its `(n, U)` transpose. A level then is a block of rows,
     and every entry of a sparse matrix, norm and scale a long unit-stride loop; the matrix product that follows takes
     either layout at the same speed.
     """
 
-    def __init__(self, matrices: list[Tensor], *, chain: str, normalize: bool):
-        super().__init__(torch.ones(len(matrices)), chain=chain, normalize=normalize)
-        self.matrices = matrices
+    def __init__(self, matrices: Sequence[Tensor], **options: Any):
+        super().__init__(matrices, **options)
+        self.matrices = [compressed(matrix) for matrix in self.matrices]
 
     def empty(self, x: Tensor) -> Tensor:
         return x.new_empty(sum(self._dims(x)), len(x)).mT
@@ -172,31 +208,31 @@ class SelectedUnits(Units):
     def _levels(self, out: Tensor, x: Tensor) -> Sequence[Tensor]:
         return out.mT.split(self._dims(x))
 
-    def _make_room(self, x: Tensor) -> SimpleNamespace:
+    def _views(self, x: Tensor) -> SelectedViews:
         dims, n = self._dims(x), len(x)
-        own, squares, norms = self._parts(x, [sum(dims), sum(dims[1:]), len(dims)])
-        own = own.view(sum(dims), n).mT
-        room = SimpleNamespace(own=own, levels=self._levels(own, x))
-        self._set_norms(norms.view(len(dims), n), room)
-        room.squares = squares.view(sum(dims[1:]), n).split(dims[1:])
+        out, squares, norms = self.kept.parts(x, [sum(dims), sum(dims[1:]), len(dims)])
+        out = out.view(sum(dims), n).mT
+        squares = squares.view(sum(dims[1:]), n).split(dims[1:])
         turned = math.gcd(x.shape[1], TURNED)
-        room.identity = torch.eye(turned, dtype=x.dtype).expand(x.shape[1] // turned, turned, turned)
-        return room
+        identity = torch.eye(turned, dtype=x.dtype, device=x.device).expand(x.shape[1] // turned, turned, turned)
+        return SelectedViews(out, self._levels(out, x), squares, identity, self._scales(norms.view(len(dims), n)))
 
-    def _make(self, x: Tensor, levels: Sequence[Tensor], room: SimpleNamespace) -> None:
-        first, *later = room.each_norm
+    def _make(self, x: Tensor, levels: Sequence[Tensor], views: SelectedViews) -> None:
+        first, *later = views.scales.each
         torch.linalg.vector_norm(x, dim=1, out=first)
-        count, turned, _ = room.identity.shape
-        # Turned over by a product with ones, which takes half the time of a copy.
-        parts = x.reshape(len(x), count, turned).permute(1, 2, 0)
-        torch.bmm(room.identity, parts, out=levels[0].view(count, turned, len(x)))
+        if torch.backends.mkldnn.matmul.fp32_precision == "bf16":
+            levels[0].copy_(x.mT)
+        else:  # turned over by a product with ones, which takes half the time
+            count, turned, _ = views.identity.shape
+            parts = x.reshape(len(x), count, turned).permute(1, 2, 0)
+            torch.bmm(views.identity, parts, out=levels[0].view(count, turned, len(x)))
         for matrix, z, level in zip(self.matrices, levels, levels[1:], strict=False):
             torch.addmm(level, matrix, z, beta=0, out=level)
-        for level, squares, norm in zip(levels[1:], room.squares, later, strict=True):
+        for level, squares, norm in zip(levels[1:], views.squares, later, strict=True):
             torch.sum(torch.square(level, out=squares), 0, out=norm)
-        room.later_norms.sqrt_()
-        self._scales(room)
-        for level, scale in zip(levels, room.each_norm, strict=True):
+        views.scales.later.sqrt_()
+        views.scales.finish()
+        for level, scale in zip(levels, views.scales.each, strict=True):
             level.mul_(scale)
 
 

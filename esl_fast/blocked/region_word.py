@@ -181,7 +181,7 @@ class Reduction:
         torch.div(self.smooth, scales.sqrt_().add_(self.eps), out=scales)  # smooth over the norms
 
         torch.mul(b, over_words, out=free)
-        b.mul_(over_regions)
+        b.mul_(over_regions)  # now: word_sums will overwrite it
         if padding is not None:
             free.masked_fill_(padding, -torch.inf)
         self._exp(free, 3)

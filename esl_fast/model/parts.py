@@ -106,12 +106,15 @@ class Aggregator(Keeper):
 
     def prepared(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         """What makes units of block after block; see :func:`esl_fast.ops.aggregator`."""
+        compute, cache = torch.promote_types(dtype, torch.float32), self.cache()
 
-        def make(_: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-            return ops.aggregator(self.levels()[0], dtype, chain=self.chain, normalize=self.normalize)
+        def make(_: Sequence[Tensor] = ()) -> Callable[[Tensor], Tensor]:
+            weights, _ = self.levels()
+            return ops.aggregator(weights, compute, chain=self.chain, normalize=self.normalize, cache=cache)
 
-        cache, weights = self.cache(), self.raw()
-        return make(weights) if cache is None else cache.get(f"aggregator {dtype}", weights, make)
+        # Found by the parameters themselves, which saves asking for the taps that are made of them.
+        units = make() if cache is None else cache.get(f"aggregator {compute}", self.raw(), make)
+        return units if dtype == compute else lambda rows: units(rows).to(dtype)
 
 
 class HeuristicAggregator(Aggregator):

@@ -73,13 +73,14 @@ def aggregator(
     *,
     chain: str,
     normalize: bool = True,
+    cache: WeightsCache | None = None,
 ) -> Callable[[Tensor], Tensor]:
     """:func:`aggregate` for block after block of rows ``(n, d)`` of a dtype, on a CPU without gradients.
 
     Weights are looked at once, here; rows are not checked. Units last until the thread's next block is made.
     """
     compute = torch.promote_types(dtype, torch.float32)
-    units = _units(weights, compute, None, chain=chain, normalize=normalize)
+    units = _units(weights, compute, cache, chain=chain, normalize=normalize)
 
     def of_block(rows: Tensor) -> Tensor:
         rows = rows.detach().to(compute)
@@ -93,13 +94,13 @@ def aggregator(
 def _units(
     weights: Tensor | Sequence[Tensor], compute: torch.dtype, cache: WeightsCache | None, **options
 ) -> blocked.aggregate.Units:
-    """What makes units in a dtype; of weights in a cache, always the same."""
+    """What makes units in a dtype; with a cache, the same object until a weight changes."""
 
     def make(given: Sequence[Tensor]) -> blocked.aggregate.Units:
+        given = [w.detach().to(compute) for w in given]
         if isinstance(weights, Tensor):
-            return blocked.aggregate.FilteredUnits(given[0].to(compute), **options)
-        selected = [reference.aggregate.select_top2(w.to(compute)) for w in given]
-        return blocked.aggregate.SelectedUnits(list(map(blocked.aggregate.compressed, selected)), **options)
+            return blocked.aggregate.FilteredUnits(given[0].unbind(), **options)
+        return blocked.aggregate.SelectedUnits(list(map(reference.aggregate.select_top2, given)), **options)
 
     given = (weights,) if isinstance(weights, Tensor) else weights
     return make(given) if cache is None else cache.get(f"units {compute} {options}", given, make)
