@@ -134,8 +134,7 @@ class FilteredViews(NamedTuple):
     out: Tensor
     levels: Sequence[Tensor]
     raw: list[Tensor]  # (n, d_l) of levels 1 to L
-    filters: list[Tensor]  # (s * windows, windows) of the same: taps on a diagonal
-    products: list[Tensor]  # (n * d_l / windows, windows): raw as filters give it
+    products: list[tuple]  # of the same: what :meth:`FilteredUnits._make` multiplies
     scales: Scales  # (L+1, n, 1)
 
 
@@ -159,19 +158,24 @@ class FilteredUnits(Units):
         dims, n = self._dims(x), len(x)
         out, *raw, norms = self.kept.parts(x, [spread(sum(dims)), *dims[1:], len(dims)])
         out = out.view(n, spread(sum(dims)))[:, : sum(dims)]
-        windows = [max(w for w in range(1, WINDOWS + 1) if d % w == 0) for d in dims[1:]]
-        diagonal = torch.eye(WINDOWS, dtype=x.dtype, device=x.device)
-        filters = [torch.kron(diagonal[:w, :w], taps[:, None]) for w, taps in zip(windows, self.matrices, strict=True)]
-        products = [z.view(len(z) // w, w) for z, w in zip(raw, windows, strict=True)]
         raw = [z.view(n, d) for z, d in zip(raw, dims[1:], strict=True)]
+        diagonal = torch.eye(WINDOWS, dtype=x.dtype, device=x.device)
+        products = []
+        for taps, z, level in zip(self.matrices, [None, *raw], raw, strict=False):
+            d = level.shape[1]
+            windows = max(w for w in range(1, WINDOWS + 1) if d % w == 0)
+            matrix = torch.kron(diagonal[:windows, :windows], taps[:, None])  # (s * windows, windows)
+            covered = d * taps.shape[0]  # a last incomplete window is dropped
+            known = z.view(-1, matrix.shape[0]) if z is not None and z.shape[1] == covered else None
+            products.append((known, covered, matrix, level.view(n * d // windows, windows)))
         scales = self._scales(norms.view(len(dims), n, 1))
-        return FilteredViews(out, self._levels(out, x), raw, filters, products, scales)
+        return FilteredViews(out, self._levels(out, x), raw, products, scales)
 
     def _make(self, x: Tensor, levels: Sequence[Tensor], views: FilteredViews) -> None:
         raw, scales = [x, *views.raw], views.scales
-        for z, level, matrix, product in zip(raw, views.raw, views.filters, views.products, strict=False):
-            covered = z[:, : level.shape[1] * len(matrix) // matrix.shape[1]]  # a last incomplete window is dropped
-            torch.mm(covered.reshape(-1, len(matrix)), matrix, out=product)
+        for z, (known, covered, matrix, product) in zip(raw, views.products, strict=False):
+            read = z[:, :covered].reshape(-1, matrix.shape[0]) if known is None else known
+            torch.mm(read, matrix, out=product)
         for z, norm in zip(raw, scales.each, strict=True):
             torch.linalg.vector_norm(z, dim=1, keepdim=True, out=norm)
         scales.finish()
@@ -224,8 +228,9 @@ class SelectedUnits(Units):
             levels[0].copy_(x.mT)
         else:  # turned over by a product with ones, which takes half the time
             count, turned, _ = views.identity.shape
-            parts = x.reshape(len(x), count, turned).permute(1, 2, 0)
-            torch.bmm(views.identity, parts, out=levels[0].view(count, turned, len(x)))
+            n = x.shape[0]
+            parts = x.reshape(n, count, turned).permute(1, 2, 0)
+            torch.bmm(views.identity, parts, out=levels[0].view(count, turned, n))
         for matrix, z, level in zip(self.matrices, levels, levels[1:], strict=False):
             torch.addmm(level, matrix, z, beta=0, out=level)
         for level, squares, norm in zip(levels[1:], views.squares, later, strict=True):
