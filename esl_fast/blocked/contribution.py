@@ -12,7 +12,7 @@ def fold(units: Tensor, matrices: Sequence[Tensor], scales: Tensor, *, side: str
     """As :func:`esl_fast.reference.contribution.fold` for `units (n, U)`."""
     dims = [m.shape[0] for m in matrices]
     folded = units.new_empty(len(units), spread(units.shape[1]))[:, : units.shape[1]]
-    levels = zip(units.split_with_sizes(dims, 1), folded.split_with_sizes(dims, 1), matrices, scales.tolist(), strict=True)
-    for part, out, matrix, scale in levels:
+    parts, outs = units.split_with_sizes(dims, 1), folded.split_with_sizes(dims, 1)
+    for part, out, matrix, scale in zip(parts, outs, matrices, scales.tolist(), strict=True):
         torch.addmm(out, part, matrix.mT if side == "text" else matrix, beta=0, alpha=scale, out=out)
     return folded
