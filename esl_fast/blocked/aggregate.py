@@ -8,6 +8,7 @@ import math
 import threading
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -46,11 +47,11 @@ class Scales:
         self.each_eps = self.eps.unbind()
 
     def finish(self) -> None:
-        first, *later = self.each
+        first = self.each[0]
         if not self.normalize:
             first.fill_(1)
         if self.chained:
-            for previous, norm, eps in zip(self.each, later, self.each_eps, strict=False):
+            for (previous, norm), eps in zip(pairwise(self.each), self.each_eps, strict=True):
                 norm.addcmul_(previous, eps)
             self.later.add_(first, alpha=self.floor)
         else:
@@ -145,8 +146,7 @@ class FilteredUnits(Units):
     """
 
     def empty(self, x: Tensor) -> Tensor:
-        width = sum(self._dims(x))
-        return x.new_empty(len(x), spread(width))[:, :width]
+        return spread_rows(x, sum(self._dims(x)))
 
     def _dims(self, x: Tensor) -> list[int]:
         return level_dims(x.shape[1], len(self.matrices[0]) if self.matrices else 1, len(self.matrices))
@@ -264,3 +264,8 @@ def spread(width: int) -> int:
     At a power of two, a column falls into a few sets of the cache; off the lines, every vector written takes two.
     """
     return 32 * (width // 32) + 48
+
+
+def spread_rows(x: Tensor, width: int) -> Tensor:
+    """Room for `width` entries for each row of `x`, spread."""
+    return x.new_empty(len(x), spread(width))[:, :width]

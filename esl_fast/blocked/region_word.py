@@ -142,7 +142,7 @@ class Reduction:
         self.images, self.smooth, self.eps = images, smooth, smooth.new_tensor(EPS)
         self.mild = abs(float(smooth)) <= MILD
         segments = [segment for block in blocks for segment in block.segments]
-        size = max((s.rows * images.regions for s in segments), default=0) * images.n
+        size = _segment_rows(blocks) * len(images.units)
         scales = max((s.rows + s.captions * images.regions for s in segments), default=0) * images.n
         self.b, self.free, self.scales = (images.units.new_empty(x) for x in (size, size, scales))
 

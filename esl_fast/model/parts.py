@@ -106,15 +106,14 @@ class Aggregator(Keeper):
 
     def prepared(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         """What makes units of block after block; see :func:`esl_fast.ops.aggregator`."""
-        compute, cache = torch.promote_types(dtype, torch.float32), self.cache()
+        cache = self.cache()
 
         def make(_: Sequence[Tensor] = ()) -> Callable[[Tensor], Tensor]:
             weights, _ = self.levels()
-            return ops.aggregator(weights, compute, chain=self.chain, normalize=self.normalize, cache=cache)
+            return ops.aggregator(weights, dtype, chain=self.chain, normalize=self.normalize, cache=cache)
 
         # Found by the parameters themselves, which saves asking for the taps that are made of them.
-        units = make() if cache is None else cache.get(f"aggregator {compute}", self.raw(), make)
-        return units if dtype == compute else lambda rows: units(rows).to(dtype)
+        return make() if cache is None else cache.get(f"aggregator {dtype}", self.raw(), make)
 
 
 class HeuristicAggregator(Aggregator):

@@ -52,16 +52,15 @@ def aggregate(
     rows = x.reshape(-1, x.shape[-1])
     checks.finite("x", rows)
     options = {"chain": chain, "normalize": normalize}
+    compute = torch.promote_types(x.dtype, torch.float32)
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
     if use_kernels(rows) and tensors:  # no matrix, no level: nothing for a kernel to do
         units = _aggregate_kernels(rows, weights, cache if not grad else None, **options)
     elif grad or rows.device.type != "cpu" or not is_eager():
-        compute = torch.promote_types(x.dtype, torch.float32)
         tensors = [w.to(compute) for w in tensors]
         levels = tensors[0].unbind() if heuristic else [reference.aggregate.select_top2(w) for w in tensors]
         units = reference.aggregate.aggregate(rows.to(compute), levels, **options).to(x.dtype)
     else:
-        compute = torch.promote_types(x.dtype, torch.float32)
         units = _units(weights, compute, cache, **options)
         units = blocked.aggregate.aggregate(rows.detach().to(compute), units).to(x.dtype)
     return units.view(*x.shape[:-1], units.shape[-1]) if x.ndim != 2 else units
