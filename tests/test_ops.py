@@ -524,6 +524,35 @@ def test_autocast_changes_nothing():
     assert all(map(torch.equal, *found))
 
 
+LOSSES = {
+    "contrastive": lambda images, texts: ops.contrastive_loss(images, texts, 3.0),
+    "hinge": lambda images, texts: ops.hinge_loss(images @ texts.mT),
+    "hardest": lambda images, texts: ops.hinge_loss(images @ texts.mT, hardest=True),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("way", ["functional", "compiled"])
+def test_losses_in_transforms(loss, way):
+    units = torch.randn(2, 11, 6)
+
+    def gradients(of):
+        leaves = [side.clone().requires_grad_() for side in units]
+        return torch.autograd.grad(of(*leaves), leaves)
+
+    if way == "functional":
+        found = torch.func.grad(loss, argnums=(0, 1))(*units)
+    else:
+        found = gradients(torch.compile(loss, fullgraph=True, backend="aot_eager"))
+    torch.testing.assert_close(found, gradients(loss))
+
+
+def test_topk_compiled():
+    queries, gallery = torch.randint(-2, 3, (7, 3)).float(), torch.randint(-2, 3, (60, 3)).float()  # many ties
+    found = torch.compile(ops.topk, fullgraph=True, backend="aot_eager")(queries, gallery, 9)
+    assert all(map(torch.equal, found, ops.topk(queries, gallery, 9)))
+
+
 CONTRASTIVE = {
     "diagonal": (23, 23, None, "positive"),
     "one pair": (1, 1, None, "positive"),

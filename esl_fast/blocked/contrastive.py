@@ -14,8 +14,10 @@ BLOCK_ELEMENTS = 1 << 21
 
 
 class ContrastiveLoss(torch.autograd.Function):
+    """The loss, and what the backward needs of it."""
+
     @staticmethod
-    def forward(ctx, images, texts, logit_scale, image_ids, text_ids, same_owner):
+    def forward(images, texts, logit_scale, image_ids, text_ids, same_owner):
         (n, m), scale = (images.shape[0], texts.shape[0]), logit_scale.detach()
         row_lse = images.new_empty(n)
         column_max, column_sum = images.new_full((m,), -torch.inf), images.new_zeros(m)
@@ -47,18 +49,24 @@ class ContrastiveLoss(torch.autograd.Function):
         for lse, positive, count in ((row_lse, row_positive, row_count), (column_lse, column_positive, column_count)):
             counted = count > 0
             weight = counted.to(images.dtype) / (2 * counted.sum().clamp(min=1))
-            loss += (weight * torch.where(counted, lse - positive / count.clamp(min=1), 0)).sum()
+            # Not in place: torch.compile (2.11) loses the gradient of what was changed in place.
+            loss = loss + (weight * torch.where(counted, lse - positive / count.clamp(min=1), 0)).sum()
             weights.append(weight)
-        ctx.save_for_backward(
-            images, texts, logit_scale, image_ids, text_ids, row_lse, column_lse, *weights, row_count, column_count
-        )
-        ctx.same_owner = same_owner
-        return loss
+        return loss, row_lse, column_lse, *weights, row_count, column_count
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.same_owner = inputs
+        ctx.save_for_backward(*tensors, *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     @without_autocast
-    def backward(ctx, grad):
+    def backward(ctx, grad, *_):
+        if grad is None:
+            return None, None, None, None, None, None
         images, texts, logit_scale, image_ids, text_ids, row_lse, column_lse, *rest = ctx.saved_tensors
         row_weight, column_weight, row_count, column_count = rest
         scale = logit_scale.detach()
@@ -112,4 +120,4 @@ def contrastive_loss(
     same_owner: str,
 ) -> Tensor:
     """As :func:`esl_fast.reference.contrastive.contrastive_loss` of their product, for float32 or float64 units."""
-    return ContrastiveLoss.apply(image_units, folded_text_units, logit_scale, image_ids, text_ids, same_owner)
+    return ContrastiveLoss.apply(image_units, folded_text_units, logit_scale, image_ids, text_ids, same_owner)[0]

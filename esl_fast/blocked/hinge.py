@@ -60,17 +60,21 @@ def hardest_negatives(similarity: Tensor, image_ids: Tensor | None, text_ids: Te
 
 class AllNegatives(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, similarity, image_ids, text_ids, margin):
+    def forward(similarity, image_ids, text_ids, margin):
         compute = torch.promote_types(similarity.dtype, torch.float32)
         positive = similarity.diagonal().to(compute)
         loss = positive.new_zeros(())
         for rows, scores, excluded in _row_blocks(similarity, image_ids, text_ids):
             scores.add_(margin).masked_fill_(excluded, -torch.inf)
-            loss += (scores - positive[rows, None]).relu_().sum()
-            loss += scores.sub_(positive).relu_().sum()
-        ctx.save_for_backward(similarity, image_ids, text_ids)
-        ctx.margin = margin
+            # Not in place: torch.compile (2.11) loses the gradient of what was changed in place.
+            loss = loss + (scores - positive[rows, None]).relu_().sum()
+            loss = loss + scores.sub_(positive).relu_().sum()
         return loss
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.margin = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -35,7 +35,8 @@ def stable_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     ``torch.topk`` breaks ties as it likes: those above the k-th score are all in, of those equal to it the lowest
     columns are taken.
     """
-    if scores.is_cuda:  # looking for ties would wait for the GPU
+    # Looking for ties would wait for a GPU, and a compiler cannot.
+    if scores.is_cuda or torch.compiler.is_compiling():
         values, indices = scores.sort(dim=1, descending=True, stable=True)
         return values[:, :k], indices[:, :k]
     values, indices = scores.topk(k, dim=1)
