@@ -15,6 +15,7 @@ from helpers import RESNET, clip_config, features_model, golden_files, relative_
 from safetensors.torch import load_file
 
 import esl_fast
+from esl_fast.files import replacing
 from esl_fast.model import CheckpointError, checkpoint, towers
 
 OFFICIAL = [pytest.param(path, id=path.stem) for path in golden_files("official_*_tiny.pth")]
@@ -176,7 +177,7 @@ def test_full_disk_at_the_end_keeps_the_old(saved, folder, monkeypatch, name):
 
 @pytest.mark.parametrize("named", ["", "model.safetensors"])
 def test_killed_between_the_renames(saved, folder, named):
-    with checkpoint.replacing(folder.with_name("other")) as new:
+    with replacing(folder.with_name("other")) as new:
         checkpoint.write_model(saved[1], new)
         new.rename(folder.with_name("best.tmp-1"))  # what a killed process leaves behind
         new.mkdir()

@@ -271,16 +271,16 @@ def test_one_word_and_one_region_remain():
 # Recipes and options
 
 
-def test_the_recipe_follows_data_and_similarity(root, tmp_path):
-    assert recipe_name("regions", "region-word-heuristic", str(root)) == "regions"
-    assert recipe_name("coco", "region-word-adaptive") == "region-word-clip"
-    assert recipe_name("synthetic", "region-word-adaptive") == "synthetic"
+def test_the_recipe_follows_the_data(root, tmp_path):
+    assert recipe_name("regions", str(root)) == "regions"
+    assert recipe_name("coco") == "official"
+    assert recipe_name("synthetic") == "synthetic"
     captions = tmp_path / "train_caps.txt"
     for images, name in ((2_000, "regions"), (10_000, "region-word")):
         captions.write_text("a dog\n" * 5 * images)
         for rows in (images, 5 * images):
             np.save(tmp_path / "train_ims.npy", np.zeros((rows, 1, 1), dtype=np.float16))
-            assert recipe_name("regions", "cosine", str(tmp_path)) == name
+            assert recipe_name("regions", str(tmp_path)) == name
 
 
 def test_the_official_recipe():

@@ -523,6 +523,7 @@ def test_bad_input_is_one_line(argv, message, tmp_path, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+    assert not list(tmp_path.iterdir())  # no run's folder stays behind
 
 
 def test_a_config_file_is_overridden_by_the_command_line(tmp_path):

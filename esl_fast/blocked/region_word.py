@@ -166,33 +166,33 @@ class Reduction:
         scales = self.scales[: sum(sizes)]
         over_words, per_word = scales.split(sizes)
         return Operands(
-            *(a, b, free, free.view(-1, regions), scales),
-            *(over_words.view(captions, 1, n, regions), per_word.view(captions, length, n, 1)),
-            *(per_word, per_word.view(captions, length, n), words, totals, sums),
-        )
+            a=a, b=b, free=free, free_rows=free.view(-1, regions), scales=scales,
+            over_words=over_words.view(captions, 1, n, regions), over_regions=per_word.view(captions, length, n, 1),
+            word_sums=per_word, per_caption=per_word.view(captions, length, n), words=words, totals=totals, sums=sums,
+        )  # fmt: skip
 
-    def _attend(self, operands: Operands) -> None:
-        a, b, free, rows, scales, over_words, over_regions, word_sums, per_caption, words, totals, sums = operands
+    def _attend(self, o: Operands) -> None:
         ones, padding = self.images.ones, self.images.padding
+        a, b, free, free_rows, word_sums = o.a, o.b, o.free, o.free_rows, o.word_sums
         leaky_relu_(torch.tanh(a, out=b), SLOPE)
         torch.mul(b, b, out=free)
-        torch.sum(free, 1, keepdim=True, out=over_words)
-        torch.mv(rows, ones, out=word_sums)
-        torch.div(self.smooth, scales.sqrt_().add_(self.eps), out=scales)  # smooth over the norms
+        torch.sum(free, 1, keepdim=True, out=o.over_words)
+        torch.mv(free_rows, ones, out=word_sums)
+        torch.div(self.smooth, o.scales.sqrt_().add_(self.eps), out=o.scales)  # smooth over the norms
 
-        torch.mul(b, over_words, out=free)
-        b.mul_(over_regions)  # now: word_sums will overwrite it
+        torch.mul(b, o.over_words, out=free)
+        b.mul_(o.over_regions)  # now: word_sums will overwrite it
         if padding is not None:
             free.masked_fill_(padding, -torch.inf)
         self._exp(free, 3)
-        word_totals = torch.mv(rows, ones)
+        word_totals = torch.mv(free_rows, ones)
         free.mul_(a)
-        torch.mv(rows, ones, out=word_sums).div_(word_totals)
-        torch.sum(per_caption, 1, out=words)
+        torch.mv(free_rows, ones, out=word_sums).div_(word_totals)
+        torch.sum(o.per_caption, 1, out=o.words)
 
         self._exp(b, 1)
-        torch.sum(b, 1, out=totals)
-        torch.sum(b.mul_(a), 1, out=sums)
+        torch.sum(b, 1, out=o.totals)
+        torch.sum(b.mul_(a), 1, out=o.sums)
 
     def _exp(self, logits: Tensor, dim: int) -> None:
         """Exponentials in place, up to a factor along `dim`."""

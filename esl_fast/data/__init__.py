@@ -4,15 +4,15 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from .augment import SizeAugmentation
-from .coco import load_coco
-from .features import load_features
-from .karpathy import load_flickr30k, load_karpathy
-from .pairs import EpochSampler, ImageDataset, PairDataset
-from .records import SPLITS, OnError
-from .regions import load_regions
-from .split import DataError, DataSet, Split
-from .synthetic import load_synthetic
+from esl_fast.data.augment import SizeAugmentation
+from esl_fast.data.coco import load_coco
+from esl_fast.data.features import load_features
+from esl_fast.data.karpathy import load_flickr30k, load_karpathy
+from esl_fast.data.pairs import EpochSampler, ImageDataset, PairDataset
+from esl_fast.data.records import SPLITS, OnError
+from esl_fast.data.regions import load_regions
+from esl_fast.data.split import DataError, DataSet, Split
+from esl_fast.data.synthetic import load_synthetic
 
 __all__ = [
     "LOADERS",

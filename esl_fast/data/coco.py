@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from .images import FolderIndex, ImageFiles
-from .karpathy import clean_plain
-from .records import (
+from esl_fast.data.images import FolderIndex, ImageFiles
+from esl_fast.data.karpathy import clean_plain
+from esl_fast.data.records import (
     OnError,
     Problems,
     assemble,
@@ -16,7 +16,7 @@ from .records import (
     read_records,
     splits_of,
 )
-from .split import DataError, DataSet
+from esl_fast.data.split import DataError, DataSet
 
 FILE_OF = {"train": "train_coco.json", "val": "dev_coco.json", "test": "testall_coco.json"}
 

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from .images import MappedArray
-from .karpathy import clean_plain
-from .records import (
+from esl_fast.data.images import MappedArray
+from esl_fast.data.karpathy import clean_plain
+from esl_fast.data.records import (
     OnError,
     Problems,
     assemble,
@@ -16,7 +16,7 @@ from .records import (
     read_records,
     splits_of,
 )
-from .split import DataError, DataSet, Subset
+from esl_fast.data.split import DataError, DataSet, Subset
 
 
 def load_features(

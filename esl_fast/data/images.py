@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .split import DataError
+from esl_fast.data.split import DataError
 
 
 class ImageFiles:

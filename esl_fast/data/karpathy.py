@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .images import FolderIndex, ImageFiles
-from .records import (
+from esl_fast.data.images import FolderIndex, ImageFiles
+from esl_fast.data.records import (
     OnError,
     Problems,
     assemble,
@@ -17,7 +17,7 @@ from .records import (
     read_records,
     splits_of,
 )
-from .split import DataError, DataSet
+from esl_fast.data.split import DataError, DataSet
 
 
 def clean_plain(raw: str) -> str:

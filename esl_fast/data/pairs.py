@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 from tqdm import tqdm
 
-from .split import Images, Split
+from esl_fast.data.split import Images, Split
 
 TOKENIZE_BLOCK = 4096
 CACHE_BYTES = 1 << 30

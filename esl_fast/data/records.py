@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from .split import DataError, DataSet, ImageKind, Images, Split, Subset, carve_validation
+from esl_fast.data.split import DataError, DataSet, ImageKind, Images, Split, Subset, carve_validation
 
 OnError = Literal["raise", "skip"]
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .images import MappedArray
-from .karpathy import clean_plain
-from .records import (
+from esl_fast.data.images import MappedArray
+from esl_fast.data.karpathy import clean_plain
+from esl_fast.data.records import (
     OnError,
     Problems,
     Record,
@@ -16,7 +16,7 @@ from .records import (
     existing_folder,
     needed_splits,
 )
-from .split import DataError, DataSet, Subset
+from esl_fast.data.split import DataError, DataSet, Subset
 
 CAPTIONS_PER_IMAGE = 5
 

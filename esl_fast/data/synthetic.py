@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .shapes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, Group, Scene, describe, render
-from .split import DataError, DataSet, Split
+from esl_fast.data.shapes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, Group, Scene, describe, render
+from esl_fast.data.split import DataError, DataSet, Split
 
 GENERATOR_VERSION = 1
 FAMILY = 4

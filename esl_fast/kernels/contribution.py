@@ -298,7 +298,7 @@ def _fold_forward(
 @triton.jit(do_not_specialize=["n", "span"])
 def _matrices_backward(
     left, left_row, left_col, right, right_row, right_col, partial_ptr, n, span,
-    DIMS: tl.constexpr, WIDTH: tl.constexpr, BANDWIDTH: tl.constexpr, TOTAL: tl.constexpr,
+    DIMS: tl.constexpr, WIDTH: tl.constexpr, TOTAL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
     DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -485,7 +485,7 @@ def _launch_matrices_backward(
             _matrices_backward, (count, bandwidth // tiles["BLOCK_K"], parts),
             (a, *left.stride(), b, *right.stride(), partial, n, span),
             {
-                "DIMS": dims, "WIDTH": width, "BANDWIDTH": bandwidth, "TOTAL": flat.numel(), **tiles,
+                "DIMS": dims, "WIDTH": width, "TOTAL": flat.numel(), **tiles,
                 "DESCRIPTORS": descriptors, "UPCAST": INTERPRETING, "PRECISION": _precision(left.device),
                 "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True,
             },
@@ -643,7 +643,6 @@ def compile_cases() -> list[CompileCase]:
                 bytes=size * (2 * n * width + total), precision=unit, targets=targets, options=options,
             )
         )  # fmt: skip
-        bandwidth = _bandwidth(dims, back_tiles["BLOCK_C"], back_tiles["BLOCK_K"])[1]
         signature = {
             "left": operand(back_tiles["BLOCK_N"], back_tiles["BLOCK_C"]), "left_row": "i32",
             "right": operand(back_tiles["BLOCK_N"], back_tiles["BLOCK_K"]), "right_row": "i32",
@@ -653,7 +652,7 @@ def compile_cases() -> list[CompileCase]:
         found.append(
             CompileCase(
                 f"matrices_backward_{name}", _matrices_backward, signature,
-                {**common, **back_tiles, "BANDWIDTH": bandwidth, "TOTAL": total, "left_col": 1, "right_col": 1},
+                {**common, **back_tiles, "TOTAL": total, "left_col": 1, "right_col": 1},
                 warps, stages, aligned, wants_wgmma=precision != "ieee" or kind == "bf16", flops=2 * n * total,
                 bytes=size * 2 * n * width + 32 * total, precision=unit, targets=targets, options=options,
             )

@@ -65,7 +65,7 @@ def locate(index, SIZES: tl.constexpr, OTHERS: tl.constexpr):
 
 
 @triton.jit
-def _partition(keep, valid, entries):
+def _partition(keep, entries):
     """Slot of each entry when those kept come first, and how many are kept."""
     rank = tl.cumsum(keep.to(tl.int32), 0)
     count = tl.sum(keep.to(tl.int32), 0)
@@ -93,7 +93,7 @@ def _select_rows(
     second = tl.max(tl.where(ranked == largest, float("-inf"), ranked), 0)
     keep = valid & (ranked >= tl.where(alone, second, largest))
     kept = tl.where(keep, m, 0.0)
-    slot, count = _partition(keep, valid, entries)
+    slot, count = _partition(keep, entries)
     tl.store(selected_ptr + offsets, kept, mask=valid)
     tl.store(counts_ptr + row, count)
     slots = start + slot * rows + (row - first)
@@ -112,7 +112,7 @@ def _select_columns(
     entries = tl.arange(0, BLOCK)
     valid = entries < height
     m = tl.load(selected_ptr + start + entries * columns + (column - first), mask=valid, other=0.0)
-    slot, count = _partition(m != 0, valid, entries)
+    slot, count = _partition(m != 0, entries)
     tl.store(counts_ptr + column, count)
     slots = start + slot * columns + (column - first)
     tl.store(rows_ptr + slots, entries, mask=valid)

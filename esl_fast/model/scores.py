@@ -104,6 +104,7 @@ class RegionWordScores(Scores):
         return region_word_similarity(*self.operands)
 
     def factors(self) -> tuple[Tensor, Tensor]:
+        # InfoNCE takes factors: the matrix is its own, for one more product, which a batch is too small to feel.
         matrix = self.matrix()
         return matrix, torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
 

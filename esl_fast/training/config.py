@@ -9,12 +9,12 @@ import numpy as np
 import yaml
 
 from esl_fast.data.regions import CAPTIONS_PER_IMAGE
-from esl_fast.model.checkpoint import replace_text
+from esl_fast.files import replace_text
 from esl_fast.model.heads import REGION_WORD_SIMILARITIES, SIMILARITIES
 from esl_fast.scripts import with_underscores
 
 RECIPES = Path(__file__).with_name("recipes")
-# Data sets without a recipe of their own follow the official one of their similarity.
+# Data sets without a recipe of their own follow the official one.
 RECIPE_OF = {"synthetic": "synthetic", "features": "features"}
 # Images in a region set from which on the official recipe is its default.
 LARGE = 10_000
@@ -29,8 +29,8 @@ class TrainConfig:
         dataset: synthetic (drawn on the spot, needs no files), flickr30k, coco, karpathy (any Karpathy file with an
             image folder), features (a Karpathy file with precomputed image features) or regions (precomputed region
             features).
-        recipe: Defaults of all other options: auto (by data set and similarity), official, features, synthetic,
-            region-word (the paper's, with BERT), region-word-clip or regions (fast, for small data).
+        recipe: Defaults of all other options: auto (by data set), official, features, synthetic,
+            region-word (the paper's, with BERT) or regions (fast, for small data).
         data_root: Folder of the data set.
         image_root: Folder of the images, where it is not the usual one under data_root.
         annotations: Annotation file, where it is not the usual one under data_root.
@@ -173,14 +173,11 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text()) or {}
 
 
-def recipe_name(
-    dataset: str, similarity: str = "esl-heuristic", data_root: str | None = None, bert: str | None = None
-) -> str:
+def recipe_name(dataset: str, data_root: str | None = None, bert: str | None = None) -> str:
     """Which recipe ``auto`` is: the official one, or one that is fast on small data."""
     if dataset == "regions":
         return "region-word" if bert is not None or _images_in(data_root) >= LARGE else "regions"
-    official = "region-word-clip" if similarity in REGION_WORD_SIMILARITIES else "official"
-    return RECIPE_OF.get(dataset, official)
+    return RECIPE_OF.get(dataset, "official")
 
 
 def _images_in(data_root: str | None) -> int:
@@ -197,7 +194,7 @@ def _images_in(data_root: str | None) -> int:
 def _defaults(asked: Any) -> dict[str, Any]:
     name = asked.recipe
     if name == "auto":
-        name = recipe_name(asked.dataset, asked.similarity, asked.data_root, asked.bert)
+        name = recipe_name(asked.dataset, asked.data_root, asked.bert)
     path = RECIPES / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))

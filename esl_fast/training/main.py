@@ -12,7 +12,7 @@ from esl_fast.scripts import build_data, reporting_errors
 from esl_fast.training.build import build_model, seed_everything
 from esl_fast.training.config import TrainConfig, parse
 from esl_fast.training.interrupt import Interrupted
-from esl_fast.training.runs import RESULTS, create_run, draw_curves, find_run
+from esl_fast.training.runs import RESULTS, create_run, discard_run, draw_curves, find_run
 from esl_fast.training.trainer import Trainer
 
 
@@ -32,9 +32,13 @@ def train(config: TrainConfig) -> int:
         name = config.name or f"{config.dataset}-{config.similarity}-{datetime.now():%Y%m%d-%H%M%S}"
         run = create_run(config.logs, name)
     started = time.perf_counter()
-    data = build_data(config)
-    model = build_model(config, data).to(device)
-    trainer = Trainer(config, data, model, run, resume=resuming)
+    try:
+        data = build_data(config)
+        model = build_model(config, data).to(device)
+        trainer = Trainer(config, data, model, run, resume=resuming)
+    except BaseException:
+        discard_run(run)
+        raise
     config.save(run)
     steps = f"{trainer.total_steps} steps"
     if trainer.step >= trainer.total_steps:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from esl_fast.model.checkpoint import existing, replace_text
+from esl_fast.files import existing, replace_text
 from esl_fast.training.config import CONFIG_FILE
 
 METRICS, RESULTS, CURVES = "metrics.jsonl", "results.json", "curves.png"
@@ -59,6 +59,13 @@ def create_run(logs: str, name: str) -> Path:
         reason = error.strerror or error
         raise OSError(f"cannot write into {run}: {reason}; choose another folder with --logs") from error
     return run
+
+
+def discard_run(run: Path) -> None:
+    """Remove what :func:`create_run` made, if nothing has come in since."""
+    if [path.name for path in run.iterdir()] == [METRICS] and not (run / METRICS).stat().st_size:
+        (run / METRICS).unlink()
+        run.rmdir()
 
 
 def _left_over(path: Path) -> bool:

@@ -18,8 +18,9 @@ from esl_fast.data import DataError, DataSet, EpochSampler, PairDataset, SizeAug
 from esl_fast.data.pairs import affordable_workers
 from esl_fast.evaluation import Encoder, evaluate
 from esl_fast.evaluation.protocol import autocast
+from esl_fast.files import existing, replacing
 from esl_fast.model import MatchingModel, load_checkpoint
-from esl_fast.model.checkpoint import CheckpointError, existing, replacing, write_model
+from esl_fast.model.checkpoint import CheckpointError, write_model
 from esl_fast.model.sequences import Features
 from esl_fast.ops import contrastive_loss
 from esl_fast.training.accumulate import backward_in_parts
@@ -315,9 +316,6 @@ class Trainer:
             )
         for name in PROGRESS:
             setattr(self, name, progress.get(name, getattr(self, name)))
-        if "best_step" not in progress:  # as runs once were saved
-            validated = [entry for entry in read_metrics(self.run) if entry["kind"] == "val"]
-            self.best_step = max(validated, key=lambda entry: entry["rsum"], default={"step": 0})["step"]
         if progress["scaler"]:
             self.scaler.load_state_dict(progress["scaler"])
 
