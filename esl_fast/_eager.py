@@ -4,14 +4,21 @@ import torch
 from torch.autograd import forward_ad
 
 
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` or a dual level is at work, which sees PyTorch's operations alone.
+
+    Of a registered op, it would take the tangent for 0.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
 def is_eager() -> bool:
     """Whether no compiler, transform of `torch.func`, dispatch mode or dual level stands between a call and its doing.
 
     Where one does, values cannot be read, results cannot be written with `out=`, and a tensor may not be what it seems.
     """
     return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
+        not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0 and not is_transformed()
     )

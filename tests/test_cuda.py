@@ -107,9 +107,11 @@ def test_compiled_is_eager(aggregator):
     assert torch.equal(compiled(images, texts), head(images, texts))
 
 
-def test_a_graph_replays():
-    head, images, texts = head_and_features("heuristic", torch.bfloat16)
-    images, texts, head = images.detach(), texts.detach(), head.eval().requires_grad_(False)
+@pytest.mark.parametrize(("aggregator", "copies"), [("heuristic", 1), ("adaptive", 1), ("adaptive", 30)])
+def test_a_graph_replays(aggregator, copies):
+    head, images, texts = head_and_features(aggregator, torch.bfloat16)
+    head = head.eval().requires_grad_(False)
+    images, texts = images.detach().repeat(copies, 1), texts.detach().repeat(copies, 1)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -120,7 +122,11 @@ def test_a_graph_replays():
         scores = head(images, texts)
     images.copy_(torch.randn_like(images))
     graph.replay()
-    assert torch.equal(scores, head(images, texts))
+    expected = head(images, texts)
+    if copies == 1:
+        assert torch.equal(scores, expected)
+    else:  # eager calls compose the adaptive levels of so many items, and round differently
+        assert (scores - expected).double().norm() <= 1e-2 * expected.double().norm()
 
 
 def test_runs_repeat_bit_by_bit():

@@ -641,6 +641,38 @@ def test_steps_between_evaluations_are_seen(aggregator, train, monkeypatch):
         torch.testing.assert_close(head(images, texts), fresh(images, texts))
 
 
+def test_what_is_called_may_still_be_swapped():
+    head = ESLHead(16, 2, 3).eval()
+    with torch.no_grad():
+        head(torch.randn(3, 16), torch.randn(5, 16))
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        head.load_state_dict(ESLHead(16, 2, 3).state_dict())
+        head.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def test_methods_replaced_on_the_object_are_called():
+    head, images, texts = ESLHead(16, 2, 3).eval(), torch.randn(3, 16), torch.randn(5, 16)
+    units = head.text_units
+    expected = head(images, texts)
+    head.text_units = lambda y: 2 * units(y)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(head(images, texts), 2 * expected)
+
+
+@either
+def test_exported_for_all_batch_sizes(aggregator):
+    head = ESLHead(16, 2, 3, aggregator)
+    sizes = {name: {0: torch.export.Dim(name)} for name in ("images", "texts")}
+    exported = torch.export.export(head, (torch.randn(7, 16), torch.randn(5, 16)), dynamic_shapes=tuple(sizes.values()))
+    for n, m in ((7, 5), (3, 5)):
+        images, texts = torch.randn(n, 16), torch.randn(m, 16)
+        torch.testing.assert_close(exported.module()(images, texts), head(images, texts))
+
+
 def test_a_compiled_optimizer_is_not_recompiled():
     head = ESLHead(16, 2, 3)
     optimizer = torch.optim.AdamW(head.parameters(), lr=0.1)

@@ -547,6 +547,25 @@ def test_losses_in_transforms(loss, way):
     torch.testing.assert_close(found, gradients(loss))
 
 
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_losses_forward_and_in_batches(loss):
+    images, texts, direction = torch.randn(3, 3, 11, 6, dtype=torch.float64)
+    expected = torch.stack([loss(a, b) for a, b in zip(images, texts, strict=True)])
+    torch.testing.assert_close(torch.vmap(loss)(images, texts), expected)
+    _, slope = torch.func.jvp(loss, (images[0], texts[0]), (direction[0], direction[1]))
+    up, down = (loss(images[0] + eps * direction[0], texts[0] + eps * direction[1]) for eps in (1e-6, -1e-6))
+    torch.testing.assert_close(slope, (up - down) / 2e-6, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [LOSSES["contrastive"], LOSSES["hinge"]], ids=["contrastive", "hinge"])
+def test_losses_are_no_constants_to_a_second_gradient(loss):
+    images, texts = torch.randn(2, 11, 6)
+    weights = torch.eye(6, requires_grad=True)
+    gradient, *_ = torch.autograd.grad(loss(images @ weights, texts), [weights], create_graph=True)
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        gradient.square().sum().backward()
+
+
 def test_topk_compiled():
     queries, gallery = torch.randint(-2, 3, (7, 3)).float(), torch.randint(-2, 3, (60, 3)).float()  # many ties
     found = torch.compile(ops.topk, fullgraph=True, backend="aot_eager")(queries, gallery, 9)

@@ -72,6 +72,23 @@ def test_a_region_of_zeros_has_no_gradient(aggregator):
         assert gradient is None or gradient.isfinite().all()
 
 
+@either
+def test_transforms_see_through(aggregator):
+    head = random_head(aggregator, num_levels=2).double()
+    regions, words = unit(2, 3, 32, dtype=torch.float64), unit(2, 4, 32, dtype=torch.float64)
+    direction = torch.randn_like(regions)
+
+    def scores(x):
+        return head(x, words, torch.tensor([2, 4]), torch.tensor([3, 1]))
+
+    _, slope = torch.func.jvp(scores, (regions,), (direction,))
+    difference = (scores(regions + 1e-6 * direction) - scores(regions - 1e-6 * direction)) / 2e-6
+    torch.testing.assert_close(slope, difference, rtol=1e-6, atol=1e-6)
+    leaf = regions.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(scores(leaf).sum(), leaf)
+    torch.testing.assert_close(torch.func.grad(lambda x: scores(x).sum())(regions), expected)
+
+
 def test_a_table_of_one_entry_has_no_gradient():
     table, weight, bias = (torch.randn(1, 1, requires_grad=True) for _ in range(3))
     matrix = normed_matrix(table, weight, bias)

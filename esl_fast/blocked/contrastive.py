@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from esl_fast._autocast import without_autocast
+from esl_fast._autograd import first_order
 
 # Logits held at a time; small enough for the cache, large enough for a fast product.
 BLOCK_ELEMENTS = 1 << 21
@@ -62,7 +63,7 @@ class ContrastiveLoss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     @without_autocast
     def backward(ctx, grad, *_):
         if grad is None:

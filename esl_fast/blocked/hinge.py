@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from esl_fast._autograd import first_order
+
 # Scores looked at at a time.
 BLOCK_ELEMENTS = 1 << 20
 
@@ -77,7 +79,7 @@ class AllNegatives(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, grad):
         similarity, image_ids, text_ids = ctx.saved_tensors
         out = torch.empty_like(similarity)

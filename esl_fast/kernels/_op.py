@@ -2,8 +2,8 @@
 
 What `torch.library.custom_op` does around every call, and again around its autograd formula, takes some 0.4 ms of the
 host, more than all kernels of a small batch take of the GPU. A plain eager call needs none of it: there the op is an
-ordinary function, or an ordinary `torch.autograd.Function` where a gradient is wanted. Under `torch.compile`, in
-`torch.func` transforms, with dispatch modes or tensor subclasses the registered op is what is called.
+ordinary function, or an ordinary `torch.autograd.Function` where a gradient is wanted. Under `torch.compile`, with
+dispatch modes or tensor subclasses the registered op is what is called.
 """
 
 import inspect
@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from esl_fast._autocast import without_autocast
+from esl_fast._autograd import first_order
 from esl_fast._eager import is_eager
 from esl_fast.kernels._common import INTERPRETING
 
@@ -113,7 +113,7 @@ def _make_function(run: Callable, backward: Callable, setup: Callable, twice: bo
         )
         return None, *(x for part in spread for x in part)
 
-    differentiate = differentiate if twice else once_differentiable(differentiate)
+    differentiate = differentiate if twice else first_order(differentiate)
     members = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
     return type("EslFastBackward", (torch.autograd.Function,), members)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from esl_fast._autograd import first_order
 from esl_fast.kernels._op import Step, backwards, gather, save_steps
 from esl_fast.kernels.aggregate import _aggregate_adaptive, _aggregate_heuristic
 from esl_fast.kernels.contribution import _degrees_scales, _flat, _fold
@@ -50,7 +50,7 @@ class _Sides(torch.autograd.Function):
         return tuple(sides)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, *grads):
         *units, degrees, fold = backwards(ctx)
         grads, folded = list(grads), ctx.folded

@@ -13,6 +13,9 @@ from esl_fast.model.parts import Aggregator, Contribution, LevelHead, tensors_of
 from esl_fast.model.region_word import RegionWordHead
 from esl_fast.model.scores import InnerProducts
 
+# Methods of a head that somebody may replace on the object.
+REPLACEABLE = {"fold", "image_units", "sides", "text_units", "units_of"}
+
 
 class Head(nn.Module):
     """A similarity that is an inner product of two derived vectors, ``image_units . fold(text_units)``.
@@ -45,12 +48,22 @@ class Head(nn.Module):
         raise NotImplementedError
 
     def sides(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
-        """The two vectors an item whose inner product is the similarity; the smaller side carries the folding."""
+        """The two vectors an item whose inner product is the similarity; the smaller side carries the folding.
+
+        Features as in :meth:`forward`, which also says what is raised.
+        """
+        self._check(image_features, text_features)
+        self._check_values(image_features, text_features)
+        return self._sides(image_features, text_features)
+
+    def _sides(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`sides`, of features that were checked."""
+        if image_features.dtype != text_features.dtype:
+            common = torch.promote_types(image_features.dtype, text_features.dtype)
+            image_features, text_features = image_features.to(common), text_features.to(common)
         image_units, text_units = self.image_units(image_features), self.text_units(text_features)
-        if image_units.dtype != text_units.dtype:
-            common = torch.promote_types(image_units.dtype, text_units.dtype)
-            image_units, text_units = image_units.to(common), text_units.to(common)
-        if image_units.shape[0] < text_units.shape[0]:
+        # What is exported has to serve all sizes.
+        if not torch.compiler.is_exporting() and image_units.shape[0] < text_units.shape[0]:
             return self.fold(image_units, "image"), text_units
         return image_units, self.fold(text_units, "text")
 
@@ -81,9 +94,12 @@ class Head(nn.Module):
         return self._scores(image_features, text_features)
 
     def _scores(self, image_features: Tensor, text_features: Tensor) -> InnerProducts:
+        self._check_values(image_features, text_features)
+        return InnerProducts(*self._sides(image_features, text_features))
+
+    def _check_values(self, image_features: Tensor, text_features: Tensor) -> None:
         ops.checks.finite("image_features", image_features)
         ops.checks.finite("text_features", text_features)
-        return InnerProducts(*self.sides(image_features, text_features))
 
     def _check(self, image_features: Tensor, text_features: Tensor) -> None:
         """Everything but the values."""
@@ -121,10 +137,10 @@ class ESLHead(LevelHead, Head):
     def text_units(self, y: Tensor) -> Tensor:
         return self.text(y)
 
-    def sides(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+    def _sides(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
         # One step keeps autograd's graph small. Without one the parts do better: they keep what they make of weights.
         if not (self.plain and torch.is_grad_enabled()):
-            return super().sides(image_features, text_features)
+            return super()._sides(image_features, text_features)
         image, text, contribution = self.image, self.text, self.contribution
         degrees = contribution.w, contribution.temp_scale_1, contribution.temp_scale_2
         matrices = tensors_of(contribution.matrices)
@@ -132,9 +148,9 @@ class ESLHead(LevelHead, Head):
         if not self.num_levels or not ops.in_one_step(
             image_features, text_features, self.embed_dim, parameters, self._shapes
         ):
-            return super().sides(image_features, text_features)
+            return super()._sides(image_features, text_features)
         if not any(tensor.requires_grad for tensor in (image_features, text_features, *parameters)):
-            return super().sides(image_features, text_features)
+            return super()._sides(image_features, text_features)
         for part in (image, text, contribution):
             part.forget()
         (image_weights, _), (text_weights, _) = image.levels(), text.levels()
@@ -154,7 +170,8 @@ class ESLHead(LevelHead, Head):
     @property
     def plain(self) -> bool:
         parts = Aggregator.is_plain(self.image) and Aggregator.is_plain(self.text)
-        return parts and type(self) is ESLHead and type(self.contribution) is Contribution
+        own = type(self) is ESLHead and type(self.contribution) is Contribution and REPLACEABLE.isdisjoint(vars(self))
+        return parts and own
 
     def fold(self, units: Tensor, side: str) -> Tensor:
         return self.contribution.fold(units, side)
@@ -242,6 +259,8 @@ def similarity(
     With ``tolerance`` (inference), levels that provably add less are left out, and the result is the similarity and
     the bound on what that changed (see :meth:`ESLHead.narrowed`).
     """
+    if not callable(head):
+        raise TypeError(f"head is a {type(head).__name__}; expected an ESLHead or another head")
     if tolerance is None:
         return head(image_features, text_features)
     if not isinstance(head, ESLHead):

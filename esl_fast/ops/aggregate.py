@@ -134,8 +134,14 @@ def _aggregate_kernels(
     if cache is None:
         return kernel.aggregate_adaptive(rows, weights, select(weights), **options)
     if composed.serves(rows, weights):
+
+        def make(given: Sequence[Tensor]) -> composed.Maps:
+            # While a graph is captured this gathers, and may not load the kernel for it.
+            kernel.aggregate_adaptive(rows[:1], given, select(given), **options)
+            return composed.compose(given)
+
         # Composing takes longer than it saves a single call.
-        maps = cache.get("composed", weights, composed.compose, lambda _: None)
+        maps = cache.get("composed", weights, make, lambda _: None)
         if maps is not None:
             return composed.aggregate_composed(rows, maps, list(adaptive_dims(weights)), **options)
     return kernel.aggregate_adaptive(rows, weights, cache.get("selection", weights, select), **options)

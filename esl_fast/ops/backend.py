@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from esl_fast._eager import is_transformed
 from esl_fast.kernels._common import runs_here
 
 BACKENDS = ("auto", "triton", "torch")
@@ -13,7 +14,8 @@ class use_backend:
     """Choose the implementation of ops: ``"triton"``, ``"torch"`` or ``"auto"`` (Triton on a GPU, else PyTorch).
 
     What has no kernel is PyTorch either way: the hinge loss of a matrix, pairs picked out by a shortlist or by hardest
-    negatives, captions of more than 128 words, more than 1,024 best matches, a search of a float64 gallery.
+    negatives, captions of more than 128 words, more than 1,024 best matches, a search of a float64 gallery; and all
+    that a transform of `torch.func` or forward-mode differentiation is to see through.
 
     Takes effect at once and, used as a context manager, is undone at its end:
 
@@ -47,4 +49,4 @@ def use_kernels(*tensors: Tensor) -> bool:
             f'backend "triton" takes float32, bfloat16 or float16 on a GPU, given {given}; '
             'use_backend("auto") falls back'
         )
-    return able and _active != "torch"
+    return able and _active != "torch" and not is_transformed()

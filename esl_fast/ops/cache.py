@@ -8,26 +8,19 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-# Steps of optimizers that each weight in a cache has been through: a fused one changes weights without raising their
-# versions.
-_steps: dict[int, int] = {}
+_caches: weakref.WeakSet["WeightsCache"] = weakref.WeakSet()
 
 
-def _count(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    if _steps and not torch.compiler.is_compiling():
-        for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
-            if id(weight) in _steps:
-                _steps[id(weight)] += 1
+def _forget_stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """A fused optimizer changes weights without raising their versions."""
+    if torch.compiler.is_compiling():
+        return
+    stepped = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    for cache in list(_caches):
+        cache.drop(stepped)
 
 
-_hook = register_optimizer_step_post_hook(_count)
-
-
-def _steps_of(weight: Tensor) -> int:
-    if id(weight) not in _steps:
-        _steps[id(weight)] = 0
-        weakref.finalize(weight, _steps.pop, id(weight), None)
-    return _steps[id(weight)]
+_hook = register_optimizer_step_post_hook(_forget_stepped)
 
 
 class WeightsCache:
@@ -40,9 +33,16 @@ class WeightsCache:
 
     def __init__(self) -> None:
         self._kept: dict[tuple, tuple] = {}
+        _caches.add(self)
 
     def clear(self) -> None:
-        self.__init__()
+        self._kept.clear()
+
+    def drop(self, weights: set[int]) -> None:
+        """Forget what was made of weights of these ids."""
+        for name, (known, *_) in list(self._kept.items()):
+            if any(id(weight) in weights for weight in known):
+                self._kept.pop(name, None)
 
     def __reduce__(self) -> tuple:
         return type(self), ()  # a copy makes all anew: compressed matrices cannot be copied
@@ -56,13 +56,13 @@ class WeightsCache:
             if torch.cuda.is_current_stream_capturing():
                 return (make_once or make)(weights)  # at replay, from the weights of that time
             stream = torch.cuda.current_stream(weights[0].device).cuda_stream
-        key = [(w.data_ptr(), w._version, w.dtype, _steps_of(w)) for w in weights]
+        key = [(w.data_ptr(), w._version, w.dtype) for w in weights]
         name = kind, len(weights), stream
+        # The weights themselves are kept: an address, or an id, may serve another tensor later.
         known, found, values, made = self._kept.get(name, ((), None, (), None))
-        # An address may serve another tensor later: identity says that it is this one.
-        same = key == found and all(ref() is w for ref, w in zip(known, weights, strict=True))
+        same = key == found and all(a is b for a, b in zip(known, weights, strict=True))
         if not same or not all(torch.equal(w, v) for w, v in zip(weights, values, strict=False)):
             values = [w.detach().clone() for w in weights if w.device.type == "cpu"]
             made = make(weights)
-            self._kept[name] = [weakref.ref(w) for w in weights], key, values, made
+            self._kept[name] = list(weights), key, values, made
         return made

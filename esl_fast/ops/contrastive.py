@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from esl_fast import blocked
+from esl_fast import blocked, reference
 from esl_fast._autocast import without_autocast
+from esl_fast._eager import is_transformed
 from esl_fast.ops import checks
 from esl_fast.ops.backend import use_kernels
 
@@ -67,6 +68,9 @@ def contrastive_loss(
         return kernel.contrastive_loss(
             image_units.to(common), folded_text_units.to(common), scale, image_ids, text_ids, same_owner
         )
+    if is_transformed():
+        scores = image_units.to(compute) @ folded_text_units.to(compute).mT
+        return reference.contrastive.contrastive_loss(scores, scale.reshape(()), image_ids, text_ids, same_owner)
     return blocked.contrastive.contrastive_loss(
         image_units.to(compute), folded_text_units.to(compute), scale, image_ids, text_ids, same_owner
     )

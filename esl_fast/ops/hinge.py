@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from esl_fast import blocked
+from esl_fast import blocked, reference
 from esl_fast._autocast import without_autocast
+from esl_fast._eager import is_transformed
 from esl_fast.ops import checks
 from esl_fast.ops.region_word import check_region_word, region_word_similarity
 
@@ -38,7 +39,11 @@ def hinge_loss(
     if n != m:
         raise ValueError(f"similarity has shape ({n}, {m}); {n} images and {m} texts have no diagonal of positives")
     checks.ids_of(image_ids, text_ids, n, n, similarity.device)
-    return blocked.hinge.hinge_loss(similarity, image_ids, text_ids, checks.number("margin", margin), hardest)
+    margin = checks.number("margin", margin)
+    if is_transformed():
+        similarity = similarity.to(torch.promote_types(similarity.dtype, torch.float32))
+        return reference.hinge.hinge_loss(similarity, image_ids, text_ids, margin=margin, hardest=hardest)
+    return blocked.hinge.hinge_loss(similarity, image_ids, text_ids, margin, hardest)
 
 
 @without_autocast
@@ -77,7 +82,7 @@ def region_word_hinge_loss(
     checks.ids_of(image_ids, text_ids, n, n, region_units.device)
     margin = checks.number("margin", margin)
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (region_units, word_units, smooth))
-    if not (hardest and grad and n):
+    if not (hardest and grad and n) or is_transformed():
         return hinge_loss(region_word_similarity(*inputs), image_ids, text_ids, margin=margin, hardest=hardest)
     with torch.no_grad():
         found = blocked.hinge.hardest_negatives(region_word_similarity(*inputs), image_ids, text_ids)

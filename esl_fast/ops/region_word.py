@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from esl_fast import reference
 from esl_fast._autocast import without_autocast
+from esl_fast._eager import is_transformed
 from esl_fast.blocked import region_word as blocked
 from esl_fast.ops import checks
 from esl_fast.ops.backend import use_kernels
@@ -59,6 +61,10 @@ def region_word_similarity(
     word_lengths = word_lengths.to(region_units.device)
     if region_lengths is not None:
         region_lengths = region_lengths.to(region_units.device)
+    if is_transformed():
+        compute = torch.promote_types(region_units.dtype, torch.float32)
+        units = region_units.to(compute), word_units.to(compute)
+        return reference.region_word.region_word_similarity(*units, smooth.to(compute), word_lengths, region_lengths)
     return blocked.region_word_similarity(region_units, word_units, smooth, word_lengths, region_lengths)
 
 

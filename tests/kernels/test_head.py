@@ -91,3 +91,28 @@ def test_ranks_and_best_matches_agree_with_pytorch(device):
             results.append((*esl_fast.retrieval_ranks(*sides, owners), esl_fast.topk(*sides, 7)[1]))
     for ours, expected in zip(*results, strict=True):
         assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("aggregator", ["heuristic", "adaptive"])
+def test_transforms_see_through(aggregator, device):
+    torch.manual_seed(0)
+    head = esl_fast.ESLHead(16, num_levels=2, aggregator=aggregator).to(device).requires_grad_(False)
+    images, texts, direction = torch.randn(5, 16, device=device), torch.randn(7, 16, device=device), torch.ones(5, 16)
+    leaf = images.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(head(leaf, texts).sum(), leaf)
+
+    def total(x):
+        return head(x, texts).sum()
+
+    torch.testing.assert_close(torch.func.grad(total)(images), expected)
+    _, slope = torch.func.jvp(total, (images,), (direction.to(device),))
+    torch.testing.assert_close(slope, expected.sum())
+    torch.testing.assert_close(torch.vmap(total)(images[:, None]).sum(), head(images, texts).sum())
+
+
+def test_a_second_gradient_is_refused(device):
+    head = esl_fast.ESLHead(16, num_levels=2).to(device)
+    images, texts = (torch.randn(n, 16, device=device, requires_grad=True) for n in (5, 7))
+    gradients = torch.autograd.grad(head(images, texts).sum(), [images, head.contribution.w], create_graph=True)
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        sum(gradient.square().sum() for gradient in gradients).backward()

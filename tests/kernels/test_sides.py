@@ -64,7 +64,7 @@ def test_equals_the_ops_one_by_one(aggregator, counts, dtype, device, calls):
     features = [torch.randn(n, 2 * WIDTH + 2, device=device).to(dtype)[:, 1:-1:2].requires_grad_() for n in counts]
     ours = gradients(head, head.sides, *features)
     assert len(calls) == 1
-    assert_same(ours, gradients(head, lambda *pair: Head.sides(head, *pair), *features))
+    assert_same(ours, gradients(head, lambda *pair: Head._sides(head, *pair), *features))
 
 
 SUBSETS = {
@@ -93,7 +93,7 @@ def test_any_subset_of_gradients(aggregator, wanted, use, device, calls):
     features = [torch.randn(n, WIDTH, device=device).requires_grad_(SUBSETS[wanted]("")) for n in (5, 3)]
     ours = gradients(head, head.sides, *features, use=use)
     assert len(calls) == 1
-    assert_same(ours, gradients(head, lambda *pair: Head.sides(head, *pair), *features, use=use))
+    assert_same(ours, gradients(head, lambda *pair: Head._sides(head, *pair), *features, use=use))
 
 
 def test_one_side_alone(device, calls):
@@ -131,7 +131,7 @@ def test_second_derivatives_are_refused(device):
     head = make_head("heuristic", device)
     features = [torch.randn(n, WIDTH, device=device, requires_grad=True) for n in (5, 3)]
     first = torch.autograd.grad(head.sides(*features)[0].square().sum(), features[0], create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
         first.sum().backward()
 
 
@@ -207,9 +207,7 @@ def test_what_does_not_fit_is_named(name, device):
 @pytest.mark.parametrize("aggregator", AGGREGATORS)
 def test_features_of_other_kinds(aggregator, device, calls):
     head, good = make_head(aggregator, device), torch.randn(5, WIDTH, device=device)
-    images, _ = head.sides(good.view(1, 5, WIDTH), good)
-    assert torch.equal(images[0], head.fold(head.image_units(good), "image"))
-    for bad, error in ((good.int(), TypeError), (good.tolist(), TypeError)):
+    for bad, error in ((good.int(), TypeError), (good.tolist(), TypeError), (good.view(1, 5, WIDTH), ValueError)):
         with pytest.raises(error):
             head.sides(bad, good)
         with pytest.raises(error):
