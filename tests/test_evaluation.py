@@ -137,7 +137,9 @@ def test_units_that_are_not_finite_are_named(side):
 @pytest.mark.parametrize(
     ("option", "message"),
     [("--output=.", "--output . cannot be written"), ("--save-similarity=.", "--save-similarity . cannot be written"),
-     ("--shortlist=x", "--shortlist is given without --rerank")],
+     ("--shortlist=x", "--shortlist is given without --rerank"), ("--rerank=0", "rerank is 0; expected at least 1"),
+     ("--batch-size=0", "batch_size is 0"), ("--workers=-1", "workers is -1"), ("--device=mps", "device is 'mps'"),
+     ("--split=val", "no checkpoint at nowhere")],
 )  # fmt: skip
 def test_options_are_looked_at_before_the_work(option, message, capsys):
     assert main(["--checkpoint=nowhere", option]) == 2
@@ -187,3 +189,4 @@ def test_checkpoints_may_follow_one_option_or_several():
     both = ["--split=val", f"--checkpoint={json.dumps(['a', 'b'])}"]
     assert collect_checkpoints(["--checkpoint", "a", "b", "--split=val"]) == both
     assert collect_checkpoints(["--checkpoint", "a", "--split=val", "--checkpoint=b"]) == both
+    assert collect_checkpoints(["--checkpoint=[a, b]", "--split=val"]) == both

@@ -401,6 +401,31 @@ def test_early_stopping_and_the_same_run_again(features_root, tmp_path, capsys):
     assert "holds a run already" in capsys.readouterr().err
 
 
+def test_one_process_at_a_time_trains_a_run(features_root, tmp_path, capsys):
+    argv = options(features_root, tmp_path, "--epochs=1")
+    assert main(argv) == 0
+    log = RunLog(tmp_path / "run", 100)
+    capsys.readouterr()
+    assert main([f"--resume={tmp_path / 'run'}", "--epochs=2"]) == 2
+    assert "is being trained by another process" in capsys.readouterr().err
+    log.close()
+    assert main([f"--resume={tmp_path / 'run'}", "--epochs=2"]) == 0
+
+
+def test_a_run_is_resumed_from_anywhere(features_root, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    monkeypatch.chdir(features_root.parent)
+    assert main(options(Path(features_root.name), tmp_path, "--epochs=1")) == 0
+    monkeypatch.chdir(tmp_path)
+    (run / "metrics.jsonl").unlink()
+    assert main(["--resume=run", "--epochs=2"]) == 0
+    assert main(["--resume=run", "--epochs=3", "--name=another"]) == 2
+    assert "--name is of a new run" in capsys.readouterr().err
+    (run / "train.yaml").unlink()
+    assert main(["--resume=run", "--epochs=3"]) == 2
+    assert "train.yaml is not there" in capsys.readouterr().err
+
+
 def test_a_start_that_failed_leaves_its_name(features_root, tmp_path):
     right = options(features_root, tmp_path, f"--config={tmp_path / 'run' / 'train.yaml'}")
     (tmp_path / "run").mkdir()
@@ -515,6 +540,9 @@ def test_unknown_options_are_named(argv, message, capsys):
         (["--data-root=/some"], "--data-root is given, but --dataset is synthetic"),
         (["--dataset=coco", "--data-root=/some", "--features=x.npy"], "--features is given, but --dataset is coco"),
         (["--logs=/proc/nowhere"], "cannot write into /proc/nowhere"),
+        (["--device=mps"], "device is 'mps'; accepted: auto, cpu, cuda, cuda:N"),
+        ([f"--pretrained={__file__}"], "test_training.py', which holds no weights of esl-tiny"),
+        (["--pretrained=nowhere"], "'none' starts from random weights"),
     ],
 )
 def test_bad_input_is_one_line(argv, message, tmp_path, capsys):

@@ -98,7 +98,7 @@ class FolderIndex:
         if folder not in self._names:
             try:
                 with os.scandir(folder) as entries:
-                    self._names[folder] = {entry.name for entry in entries}
+                    self._names[folder] = {entry.name for entry in entries if not entry.is_dir()}
             except (FileNotFoundError, NotADirectoryError):
                 self._names[folder] = set()
         return path.name in self._names[folder]

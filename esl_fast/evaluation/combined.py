@@ -32,10 +32,8 @@ class Reranked(Scores):
         return Reranked(self.scores.part(images, captions), self.shortlist.part(images, captions), self.k)
 
 
-def reranked(scores: Scores, shortlist: Scores, k: int) -> Reranked:
-    """Two-stage retrieval. Raises ValueError unless a region-word similarity sorts what a global one found."""
-    if not isinstance(scores, RegionWordScores):
-        raise ValueError("rerank sorts by regions and words; this checkpoint's similarity is a global one")
+def reranked(scores: RegionWordScores, shortlist: Scores, k: int) -> Reranked:
+    """Two-stage retrieval. Raises ValueError unless what is sorted was found by a global similarity."""
     if not isinstance(shortlist, InnerProducts):
         raise ValueError("a shortlist is found by a global similarity; its checkpoint's is a region-word one")
     return Reranked(scores, shortlist, k)

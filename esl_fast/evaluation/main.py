@@ -11,6 +11,7 @@ from typing import Literal
 
 from esl_fast.evaluation.protocol import evaluate
 from esl_fast.evaluation.report import table
+from esl_fast.files import existing
 from esl_fast.model import MatchingModel, load_checkpoint
 from esl_fast.model.sequence_towers import read_bert
 from esl_fast.model.towers import pick_device
@@ -63,6 +64,12 @@ class EvaluateConfig:
     output: str | None = None
     save_similarity: str | None = None
 
+    def __post_init__(self) -> None:
+        for name, bound in {"batch_size": 1, "workers": 0, "rerank": 1}.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise ValueError(f"{name} is {value}; expected at least {bound}")
+
 
 def parse(argv: Sequence[str]) -> EvaluateConfig:
     from jsonargparse import ArgumentParser
@@ -82,14 +89,19 @@ def collect_checkpoints(argv: Sequence[str]) -> list[str]:
         if arg.startswith("-"):
             taking = arg == "--checkpoint"
             if arg.startswith("--checkpoint="):
-                paths.append(arg.partition("=")[2])
+                paths += _listed(arg.partition("=")[2])
             elif not taking:
                 rest.append(arg)
         elif taking:
-            paths.append(arg)
+            paths += _listed(arg)
         else:
             rest.append(arg)
     return rest + ([f"--checkpoint={json.dumps(paths)}"] if paths else [])
+
+
+def _listed(arg: str) -> list[str]:
+    """``[A, B]``, as help puts it, or one path."""
+    return [path.strip() for path in arg[1:-1].split(",")] if arg.startswith("[") and arg.endswith("]") else [arg]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,12 +111,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: EvaluateConfig) -> int:
     device = pick_device(config.device)
-
     if config.shortlist is not None and config.rerank is None:
         raise ValueError("--shortlist is given without --rerank: how many candidates should it find?")
     for name, path in (("output", config.output), ("save-similarity", config.save_similarity)):
         if path is not None:
             check_writable(f"--{name}", Path(path))
+    for path in (*config.checkpoint, config.shortlist):
+        if path is not None and not existing(Path(path)).exists():
+            raise FileNotFoundError(f"no checkpoint at {path}")
     data = build_data(config, config.split)
 
     def load(path: str) -> MatchingModel:

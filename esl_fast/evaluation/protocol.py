@@ -15,7 +15,7 @@ from esl_fast.data import ImageDataset, Split
 from esl_fast.data.pairs import affordable_workers, tokenize_all
 from esl_fast.evaluation.combined import mean_scores, reranked
 from esl_fast.evaluation.metrics import chance_rsum, mean_metrics, recall_metrics
-from esl_fast.model import MatchingModel
+from esl_fast.model import MatchingModel, RegionWordHead
 from esl_fast.model.scores import InnerProducts, Scores
 from esl_fast.model.sequences import Features, Sequences, concatenate, vectors_of
 from esl_fast.ops import checks
@@ -148,6 +148,8 @@ def evaluate(
     parts = []
     for load in models:
         model = load()
+        if rerank is not None and not isinstance(model.head, RegionWordHead):
+            raise ValueError("rerank sorts by regions and words; this checkpoint's similarity is a global one")
         encoder = encoder_of(model)
         features = encoder.features(model, precision)
         parts.append(encoder.score(model, features))

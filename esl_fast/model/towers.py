@@ -7,12 +7,14 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import numpy as np
 import open_clip
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 CONFIGS = Path(__file__).with_name("configs")
@@ -36,8 +38,10 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device is {name!r}; accepted: auto, cpu, cuda, cuda:N") from error
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {name!r}; accepted: auto, cpu, cuda, cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device is {name!r}, but PyTorch sees {torch.cuda.device_count()} CUDA devices")
     return device
@@ -103,6 +107,9 @@ def open_clip_config(model: str, pretrained: str | None = None) -> dict[str, Any
             f"model is {model!r}: not an open_clip architecture (see open_clip.list_models()), "
             f"a .json file, or one of {', '.join(shipped)}"
         )
+    missing = {"embed_dim", "vision_cfg", "text_cfg"} - config.keys()
+    if missing:
+        raise ValueError(f"model is {model!r}: a configuration without {', '.join(sorted(missing))}")
     if "multimodal_cfg" in config:
         raise ValueError(f"model is {model!r}: CoCa has a third tower; expected an architecture of two")
     config = copy.deepcopy(config)
@@ -114,7 +121,10 @@ def open_clip_config(model: str, pretrained: str | None = None) -> dict[str, Any
         tag = open_clip.get_pretrained_cfg(model, pretrained)
         if not tag:
             known = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
-            raise ValueError(f"pretrained is {pretrained!r}: neither a file nor a tag of {model} (known: {known})")
+            raise ValueError(
+                f"pretrained is {pretrained!r}: neither a file nor a tag of {model} (known: {known}); "
+                "'none' starts from random weights"
+            )
         if tag.get("quick_gelu"):
             config["quick_gelu"] = True
         preprocess.update({key: tag[key] for key in preprocess if key in tag})
@@ -141,16 +151,29 @@ def build_clip(config: dict[str, Any], model: str = "", pretrained: str | None =
     Random unless ``pretrained`` is a tag of ``model`` or a file in open_clip's or OpenAI's format.
     """
     clip = open_clip.CustomTextCLIP(**{key: value for key, value in config.items() if key != "preprocess"})
-    if pretrained and is_torchscript(pretrained):
-        state = torch.jit.load(pretrained, map_location="cpu").float().state_dict()
-        for key in ("input_resolution", "context_length", "vocab_size"):
-            state.pop(key, None)
-        clip.load_state_dict(open_clip.model.convert_to_custom_text_state_dict(state))
+    if pretrained and Path(pretrained).is_file():
+        try:
+            _load_file(clip, pretrained)
+        except (OSError, EOFError, LookupError, RuntimeError, SafetensorError, UnpicklingError, ValueError) as error:
+            # PyTorch's advice on pickles is to run them, and its list of keys is long.
+            reason = "" if isinstance(error, UnpicklingError) else f": {' '.join(str(error).split()[:30])}"
+            raise ValueError(
+                f"pretrained is {pretrained!r}, which holds no weights of {model} in open_clip's or OpenAI's format"
+                f"{reason}"
+            ) from error
     elif pretrained:
-        is_file = Path(pretrained).is_file()
-        path = pretrained if is_file else open_clip.download_pretrained(open_clip.get_pretrained_cfg(model, pretrained))
-        open_clip.load_checkpoint(clip, path)
+        open_clip.load_checkpoint(clip, open_clip.download_pretrained(open_clip.get_pretrained_cfg(model, pretrained)))
     return clip
+
+
+def _load_file(clip: nn.Module, path: str) -> None:
+    if not is_torchscript(path):
+        open_clip.load_checkpoint(clip, path)
+        return
+    state = torch.jit.load(path, map_location="cpu").float().state_dict()
+    for key in ("input_resolution", "context_length", "vocab_size"):
+        state.pop(key, None)
+    clip.load_state_dict(open_clip.model.convert_to_custom_text_state_dict(state))
 
 
 def image_transform(config: dict[str, Any]) -> Callable:

@@ -1,5 +1,6 @@
 """Everything a training run can be told, from the command line, a YAML file or a recipe."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ RECIPE_OF = {"synthetic": "synthetic", "features": "features"}
 # Images in a region set from which on the official recipe is its default.
 LARGE = 10_000
 CONFIG_FILE = "train.yaml"
+# Options that may be a file or a folder.
+PATHS = ("data_root", "image_root", "annotations", "features", "bert", "model", "pretrained", "logs")
 
 
 @dataclass
@@ -165,8 +168,19 @@ class TrainConfig:
         return asdict(self)
 
     def save(self, run: Path) -> None:
-        """As a file for ``--config``, which starts another run like this one."""
-        replace_text(run / CONFIG_FILE, yaml.safe_dump(self.to_dict() | {"resume": None}, sort_keys=False))
+        """As a file for ``--config``, which starts another run like this one, from any folder."""
+        options = self.to_dict() | {"resume": None}
+        for name in PATHS:
+            if options[name] is not None and os.path.exists(options[name]):
+                options[name] = os.path.abspath(options[name])
+        replace_text(run / CONFIG_FILE, yaml.safe_dump(options, sort_keys=False))
+
+
+def _options_of(run: Path) -> dict[str, Any]:
+    path = run / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"cannot resume {run}: its options are gone, {path} is not there")
+    return load_yaml(path)
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -225,7 +239,9 @@ def parse(argv: Sequence[str]) -> TrainConfig:
     asked = parser().parse_args(looking)
     if asked.resume and not any(arg.partition("=")[0] == "--resume" for arg in argv):
         raise ValueError(f"a --config file says resume: {asked.resume}; say it on the command line with --resume")
-    defaults = load_yaml(find_run(asked.resume, asked.logs) / CONFIG_FILE) if asked.resume else _defaults(asked)
+    if asked.resume and any(arg.partition("=")[0] == "--name" for arg in argv):
+        raise ValueError("--name is of a new run; --resume goes on in the folder of an old one")
+    defaults = _options_of(find_run(asked.resume, asked.logs)) if asked.resume else _defaults(asked)
     final = parser()
     final.set_defaults(defaults)
     options = final.parse_args(argv).as_dict()

@@ -108,6 +108,8 @@ class RunLog:
             shutil.rmtree(run / BOARD, ignore_errors=True)  # of one that failed before it began
             kept = []
         else:
+            if self.path.exists() and _is_locked(self.path):
+                raise OSError(f"{run} is being trained by another process; wait for its end, or stop it")
             kept = [entry for entry in read_metrics(run) if entry["step"] <= resumed_step]
         replace_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
         self._locked = self.path.open()
@@ -151,8 +153,10 @@ def _append(path: Path, line: str) -> None:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All entries; a last line cut short by a crash is left out."""
+    """All entries; a last line cut short by a crash is left out. None where nothing was written."""
     entries = []
+    if not (run / METRICS).exists():
+        return entries
     for line in (run / METRICS).read_text().splitlines():
         try:
             entries.append(json.loads(line))

@@ -307,7 +307,8 @@ class Trainer:
             self.model.load_state_dict(saved.state_dict())
             progress = read_state(folder, self.model, self.optimizer)
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"cannot resume from {folder}: {error}") from error
+            reason = " ".join(str(error).split()[:40])  # PyTorch lists every key
+            raise CheckpointError(f"cannot resume from {folder}: {reason}") from error
         before, now = progress.get("steps_per_epoch", self.steps_per_epoch), self.steps_per_epoch
         if before != now:
             raise CheckpointError(
