@@ -612,7 +612,9 @@ def test_contrastive_loss(monkeypatch, case, elements, dtype, tolerance):
         ({"image_ids": torch.arange(3)}, ValueError, "go together"),
         ({"image_ids": torch.arange(2), "text_ids": torch.arange(3)}, ValueError, "image_ids has shape"),
         ({"image_ids": torch.ones(3).bool(), "text_ids": torch.arange(3)}, ValueError, "dtype torch.bool"),
+        ({"image_ids": torch.ones(3) * 1j, "text_ids": torch.arange(3)}, ValueError, "dtype torch.complex64"),
         ({"logit_scale": torch.ones(2)}, ValueError, "logit_scale has shape"),
+        ({"logit_scale": torch.ones(()) * 1j}, ValueError, "dtype torch.complex64; expected one real value"),
         ({"logit_scale": "x"}, TypeError, "logit_scale is 'x'; expected a number"),
     ],
 )

@@ -141,11 +141,8 @@ def test_autocast_changes_nothing():
     assert all(map(torch.equal, *found))
 
 
-@pytest.mark.parametrize("n", [0, 3])
-@pytest.mark.parametrize("m", [0, 4])
+@pytest.mark.parametrize(("n", "m"), [(0, 0), (0, 4), (3, 0)])
 def test_empty(n, m):
-    if n and m:
-        pytest.skip("not empty")
     tensors, word_lengths, _ = case(n, 3, m, 5, 6)
     scores = ops.region_word_similarity(*tensors, word_lengths)
     assert scores.shape == (n, m)

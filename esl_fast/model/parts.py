@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from numbers import Integral
 from typing import Any, ClassVar, Self
 
 import torch
@@ -26,9 +27,9 @@ def check_levels(embed_dim: int, kernel_size: int, num_levels: int, aggregator: 
         raise ValueError(f"aggregator is {aggregator!r}; accepted: {', '.join(map(repr, AGGREGATORS))}")
     sizes = (("embed_dim", embed_dim, 1), ("kernel_size", kernel_size, 1), ("num_levels", num_levels, 0))
     for name, value, least in sizes:
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} is {value!r}; expected an integer of at least {least}")
-    dims = level_dims(embed_dim, kernel_size, num_levels)
+    dims = level_dims(int(embed_dim), int(kernel_size), int(num_levels))
     if dims[-1] < 1:
         most = max(k for k, d in enumerate(dims) if d >= 1)
         raise ValueError(
@@ -243,7 +244,7 @@ class LevelHead(nn.Module):
     ) -> None:
         super().__init__()
         self.dims = check_levels(embed_dim, kernel_size, num_levels, aggregator)
-        self.embed_dim, self.kernel_size, self.num_levels = embed_dim, kernel_size, num_levels
+        self.embed_dim, self.kernel_size, self.num_levels = int(embed_dim), int(kernel_size), int(num_levels)
         self.aggregator = aggregator
         self.image = make_aggregator(aggregator, self.dims, kernel_size, "image", normalize=self.normalize)
         self.text = make_aggregator(aggregator, self.dims, kernel_size, "text", normalize=self.normalize)

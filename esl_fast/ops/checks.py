@@ -16,6 +16,9 @@ def floating(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} has dtype {x.dtype}; expected a floating-point tensor")
 
 
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
 def number(name: str, value: Any) -> float:
     """A real number of any kind."""
     if not isinstance(value, Real) or isinstance(value, bool):
@@ -77,7 +80,7 @@ def owners_of(owners: Tensor, images: int, captions: int) -> None:
     """``owners (M,)`` integer, one image index a caption; on a GPU their range is left to :func:`owners_within`."""
     if not isinstance(owners, Tensor):
         raise TypeError(f"owners is a {type(owners).__name__}; expected an integer torch.Tensor")
-    if owners.is_floating_point() or owners.dtype == torch.bool or owners.shape != (captions,):
+    if owners.dtype not in INTEGERS or owners.shape != (captions,):
         raise ValueError(
             f"owners has shape {tuple(owners.shape)} and dtype {owners.dtype}; expected ({captions},) integers, "
             "the image index of each caption"
@@ -102,7 +105,7 @@ def ids_of(image_ids: Tensor | None, text_ids: Tensor | None, images: int, texts
             continue
         if not isinstance(ids, Tensor):
             raise TypeError(f"{name} is a {type(ids).__name__}; expected an integer torch.Tensor")
-        if ids.is_floating_point() or ids.dtype == torch.bool or ids.shape != (count,):
+        if ids.dtype not in INTEGERS or ids.shape != (count,):
             raise ValueError(f"{name} has shape {tuple(ids.shape)} and dtype {ids.dtype}; expected ({count},) integers")
         if ids.device != device:
             raise ValueError(f"{name} lies on {ids.device}, the scores on {device}")
@@ -110,7 +113,7 @@ def ids_of(image_ids: Tensor | None, text_ids: Tensor | None, images: int, texts
 
 def lengths_of(name: str, lengths: Tensor, count: int, longest: int, item: str, parts: str) -> None:
     """``lengths (count,)`` integers, how many real ``parts`` each ``item`` has; on a CPU 1 to ``longest``."""
-    if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+    if not isinstance(lengths, Tensor) or lengths.dtype not in INTEGERS:
         kind = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
         raise TypeError(f"{name} is {kind}; expected an integer tensor ({count},)")
     if lengths.shape != (count,):

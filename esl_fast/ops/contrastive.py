@@ -56,8 +56,9 @@ def contrastive_loss(
         raise ValueError(f"{n} images and {m} texts have no diagonal; give image_ids and text_ids as positives")
     compute = torch.promote_types(torch.promote_types(image_units.dtype, folded_text_units.dtype), torch.float32)
     if isinstance(logit_scale, Tensor):
-        if logit_scale.numel() != 1:
-            raise ValueError(f"logit_scale has shape {tuple(logit_scale.shape)}; expected one value")
+        if logit_scale.numel() != 1 or logit_scale.is_complex():
+            given = f"shape {tuple(logit_scale.shape)} and dtype {logit_scale.dtype}"
+            raise ValueError(f"logit_scale has {given}; expected one real value")
         scale = logit_scale.to(image_units.device, compute)
     else:  # written on the device: a copy would be waited for
         scale = torch.full((), checks.number("logit_scale", logit_scale), dtype=compute, device=image_units.device)

@@ -163,8 +163,8 @@ def check_region_word(
     if not isinstance(smooth, Tensor):
         dtype = torch.promote_types(region_units.dtype, torch.float32)
         smooth = torch.full((), checks.number("smooth", smooth), dtype=dtype, device=computed_on)
-    if smooth.numel() != 1:
-        raise ValueError(f"smooth has shape {tuple(smooth.shape)}; expected a scalar")
+    if smooth.numel() != 1 or smooth.is_complex():
+        raise ValueError(f"smooth has shape {tuple(smooth.shape)} and dtype {smooth.dtype}; expected one real value")
     checks.lengths_of("word_lengths", word_lengths, word_units.shape[0], word_units.shape[1], "caption", "words")
     if region_lengths is not None:
         checks.lengths_of("region_lengths", region_lengths, n, regions, "image", "regions")

@@ -166,7 +166,7 @@ def region_word_rerank(
     smooth = check_region_word(region_units, word_units, smooth, word_lengths, region_lengths, computed_on=device)
     n, m = region_units.shape[0], word_units.shape[0]
     queries, gallery = (n, m) if query == "image" else (m, n)
-    if not isinstance(candidates, Tensor) or candidates.is_floating_point() or candidates.dtype == torch.bool:
+    if not isinstance(candidates, Tensor) or candidates.dtype not in checks.INTEGERS:
         raise TypeError("candidates holds indices; expected an integer torch.Tensor")
     if candidates.ndim != 2 or candidates.shape[0] != queries:
         raise ValueError(f"candidates has shape {tuple(candidates.shape)}; expected ({queries}, k), one row a query")
