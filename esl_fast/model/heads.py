@@ -14,7 +14,7 @@ from esl_fast.model.region_word import RegionWordHead
 from esl_fast.model.scores import InnerProducts
 
 # Methods of a head that somebody may replace on the object.
-REPLACEABLE = {"fold", "image_units", "sides", "text_units", "units_of"}
+REPLACEABLE = ("fold", "image_units", "sides", "text_units", "units_of")
 
 
 class Head(nn.Module):
@@ -170,8 +170,8 @@ class ESLHead(LevelHead, Head):
     @property
     def plain(self) -> bool:
         parts = Aggregator.is_plain(self.image) and Aggregator.is_plain(self.text)
-        own = type(self) is ESLHead and type(self.contribution) is Contribution and REPLACEABLE.isdisjoint(vars(self))
-        return parts and own
+        own = type(self) is ESLHead and type(self.contribution) is Contribution
+        return parts and own and not any(name in vars(self) for name in REPLACEABLE)
 
     def fold(self, units: Tensor, side: str) -> Tensor:
         return self.contribution.fold(units, side)
