@@ -7,7 +7,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TWICE = b"this op of esl_fast can be differentiated once; esl_fast.reference holds definitions without that limit"
+
+class _Once(torch.autograd.Function):
+    """Copies of the first ``count`` tensors, which depend on all of them and cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx, count, *tensors):
+        return tuple(tensor.clone() for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "this op of esl_fast can be differentiated once; esl_fast.reference holds definitions without that limit"
+        )
+
+
+class _Saved:
+    """A context whose saved tensors have been asked for; some can be asked for only once."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
 
 
 def first_order(backward: Callable[..., tuple]) -> Callable[..., tuple]:
@@ -19,15 +41,14 @@ def first_order(backward: Callable[..., tuple]) -> Callable[..., tuple]:
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Tensor | None) -> tuple:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        ctx = _Saved(ctx)
         with torch.no_grad():
             results = backward(ctx, *grads)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return results
         made = [result for result in results if isinstance(result, Tensor)]
-        if not made:
-            return results
-        marked = torch._C._functions.DelayedError(TWICE, len(made))(*(x.detach().requires_grad_() for x in made))
-        marked = iter((marked,) if isinstance(marked, Tensor) else marked)
-        return tuple(next(marked) if isinstance(result, Tensor) else result for result in results)
+        sources = [x for x in (*ctx.saved_tensors, *grads) if x is not None and x.requires_grad]
+        copies = iter(_Once.apply(len(made), *made, *sources))
+        return tuple(next(copies) if isinstance(result, Tensor) else result for result in results)
 
     return run

@@ -189,4 +189,4 @@ def test_checkpoints_may_follow_one_option_or_several():
     both = ["--split=val", f"--checkpoint={json.dumps(['a', 'b'])}"]
     assert collect_checkpoints(["--checkpoint", "a", "b", "--split=val"]) == both
     assert collect_checkpoints(["--checkpoint", "a", "--split=val", "--checkpoint=b"]) == both
-    assert collect_checkpoints(["--checkpoint=[a, b]", "--split=val"]) == both
+    assert collect_checkpoints(["--checkpoint=[a, 'b']", "--split=val"]) == both

@@ -663,6 +663,23 @@ def test_methods_replaced_on_the_object_are_called():
             torch.testing.assert_close(head(images, texts), 2 * expected)
 
 
+@pytest.mark.parametrize("base", [ESLHead, CosineHead])
+def test_sides_may_be_overridden(base):
+    class Doubled(base):
+        def sides(self, *features):
+            image_side, text_side = super().sides(*features)
+            return 2 * image_side, text_side
+
+    options = {"num_levels": 3} if base is ESLHead else {}
+    head, doubled = base(16, **options).eval(), Doubled(16, **options).eval()
+    doubled.load_state_dict(head.state_dict())
+    images, texts = torch.randn(3, 16), torch.randn(5, 16)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(doubled(images, texts), 2 * head(images, texts))
+            torch.testing.assert_close(doubled.scores(images, texts).matrix(), 2 * head(images, texts))
+
+
 @either
 def test_exported_for_all_batch_sizes(aggregator):
     head = ESLHead(16, 2, 3, aggregator)

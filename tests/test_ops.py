@@ -564,6 +564,8 @@ def test_losses_are_no_constants_to_a_second_gradient(loss):
     gradient, *_ = torch.autograd.grad(loss(images @ weights, texts), [weights], create_graph=True)
     with pytest.raises(RuntimeError, match="can be differentiated once"):
         gradient.square().sum().backward()
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        torch.autograd.functional.hessian(lambda a: loss(a, texts), images)
 
 
 def test_topk_compiled():

@@ -419,6 +419,10 @@ def test_a_run_is_resumed_from_anywhere(features_root, tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     (run / "metrics.jsonl").unlink()
     assert main(["--resume=run", "--epochs=2"]) == 0
+    shutil.copytree(run, tmp_path / "copies" / "run")
+    before = (run / "metrics.jsonl").read_text()
+    assert main(["--resume=latest", "--logs=copies", "--epochs=3"]) == 0
+    assert (run / "metrics.jsonl").read_text() == before
     assert main(["--resume=run", "--epochs=3", "--name=another"]) == 2
     assert "--name is of a new run" in capsys.readouterr().err
     (run / "train.yaml").unlink()

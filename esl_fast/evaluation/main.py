@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import yaml
+
 from esl_fast.evaluation.protocol import evaluate
 from esl_fast.evaluation.report import table
 from esl_fast.files import existing
@@ -101,7 +103,12 @@ def collect_checkpoints(argv: Sequence[str]) -> list[str]:
 
 def _listed(arg: str) -> list[str]:
     """``[A, B]``, as help puts it, or one path."""
-    return [path.strip() for path in arg[1:-1].split(",")] if arg.startswith("[") and arg.endswith("]") else [arg]
+    if not (arg.startswith("[") and arg.endswith("]")) or Path(arg).exists():
+        return [arg]
+    try:
+        return list(map(str, yaml.safe_load(arg)))
+    except yaml.YAMLError:
+        return [arg]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -26,7 +26,11 @@ class Head(nn.Module):
 
     embed_dim: int
     takes_sequences = False
-    plain = True  # nobody observes or replaces calls of its parts: they may be worked around
+
+    @property
+    def plain(self) -> bool:
+        """Whether nobody observes or replaces calls of its parts: then they may be worked around."""
+        return type(self).sides is Head.sides and not any(name in vars(self) for name in REPLACEABLE)
 
     def image_units(self, x: Tensor) -> Tensor:
         """Units ``(N, U)`` of image features ``(N, d)``."""
@@ -53,7 +57,8 @@ class Head(nn.Module):
         Features as in :meth:`forward`, which also says what is raised.
         """
         self._check(image_features, text_features)
-        self._check_values(image_features, text_features)
+        ops.checks.finite("image_features", image_features)
+        ops.checks.finite("text_features", text_features)
         return self._sides(image_features, text_features)
 
     def _sides(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,9 +79,9 @@ class Head(nn.Module):
         of zeros has no direction: its scores are NaN. Raises TypeError or ValueError for integer tensors, wrong sizes,
         different devices and (on a CPU) non-finite features.
         """
-        self._check(image_features, text_features)
         if not (self.plain and ops.streams(image_features, text_features)):
-            return self._scores(image_features, text_features).matrix()
+            return self.scores(image_features, text_features).matrix()
+        self._check(image_features, text_features)
         dtype = torch.promote_types(image_features.dtype, text_features.dtype)
         features = {"image": image_features.to(dtype), "text": text_features.to(dtype)}
         smaller, larger = ("image", "text") if len(image_features) < len(text_features) else ("text", "image")
@@ -90,16 +95,7 @@ class Head(nn.Module):
 
     def scores(self, image_features: Tensor, text_features: Tensor) -> InnerProducts:
         """The similarity of features, for whatever consumes it; see :meth:`forward`."""
-        self._check(image_features, text_features)
-        return self._scores(image_features, text_features)
-
-    def _scores(self, image_features: Tensor, text_features: Tensor) -> InnerProducts:
-        self._check_values(image_features, text_features)
-        return InnerProducts(*self._sides(image_features, text_features))
-
-    def _check_values(self, image_features: Tensor, text_features: Tensor) -> None:
-        ops.checks.finite("image_features", image_features)
-        ops.checks.finite("text_features", text_features)
+        return InnerProducts(*self.sides(image_features, text_features))
 
     def _check(self, image_features: Tensor, text_features: Tensor) -> None:
         """Everything but the values."""
@@ -170,8 +166,7 @@ class ESLHead(LevelHead, Head):
     @property
     def plain(self) -> bool:
         parts = Aggregator.is_plain(self.image) and Aggregator.is_plain(self.text)
-        own = type(self) is ESLHead and type(self.contribution) is Contribution
-        return parts and own and not any(name in vars(self) for name in REPLACEABLE)
+        return parts and type(self) is ESLHead and type(self.contribution) is Contribution and super().plain
 
     def fold(self, units: Tensor, side: str) -> Tensor:
         return self.contribution.fold(units, side)

@@ -1,5 +1,6 @@
 """What is made of weights, kept for as long as they stay what they are."""
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _caches: weakref.WeakSet["WeightsCache"] = weakref.WeakSet()
+_lock = threading.Lock()
 
 
 def _forget_stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -16,7 +18,9 @@ def _forget_stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     if torch.compiler.is_compiling():
         return
     stepped = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
-    for cache in list(_caches):
+    with _lock:
+        caches = list(_caches)
+    for cache in caches:
         cache.drop(stepped)
 
 
@@ -33,7 +37,8 @@ class WeightsCache:
 
     def __init__(self) -> None:
         self._kept: dict[tuple, tuple] = {}
-        _caches.add(self)
+        with _lock:
+            _caches.add(self)
 
     def clear(self) -> None:
         self._kept.clear()

@@ -30,9 +30,9 @@ def similarity(image_units: Tensor, folded_text_units: Tensor) -> Tensor:
 
 def streams(*features: Tensor) -> bool:
     """Whether :func:`streamed_similarity` serves features: on a CPU, without gradients, where the kernels do not."""
-    if torch.is_grad_enabled() or not is_eager() or use_kernels(*features):
+    if torch.is_grad_enabled() or not is_eager():
         return False
-    return all(x.device.type == "cpu" for x in features)
+    return all(isinstance(x, Tensor) and x.device.type == "cpu" for x in features) and not use_kernels(*features)
 
 
 @without_autocast

@@ -20,8 +20,8 @@ RECIPE_OF = {"synthetic": "synthetic", "features": "features"}
 # Images in a region set from which on the official recipe is its default.
 LARGE = 10_000
 CONFIG_FILE = "train.yaml"
-# Options that may be a file or a folder.
-PATHS = ("data_root", "image_root", "annotations", "features", "bert", "model", "pretrained", "logs")
+# Options that may be a file or, but for the last two, which may be names, a folder.
+PATHS = ("data_root", "image_root", "annotations", "features", "bert", "model", "pretrained")
 
 
 @dataclass
@@ -171,8 +171,9 @@ class TrainConfig:
         """As a file for ``--config``, which starts another run like this one, from any folder."""
         options = self.to_dict() | {"resume": None}
         for name in PATHS:
-            if options[name] is not None and os.path.exists(options[name]):
-                options[name] = os.path.abspath(options[name])
+            value = options[name]
+            if value and (os.path.isfile(value) or (os.path.isdir(value) and name not in PATHS[-2:])):
+                options[name] = os.path.abspath(value)
         replace_text(run / CONFIG_FILE, yaml.safe_dump(options, sort_keys=False))
 
 
@@ -241,9 +242,10 @@ def parse(argv: Sequence[str]) -> TrainConfig:
         raise ValueError(f"a --config file says resume: {asked.resume}; say it on the command line with --resume")
     if asked.resume and any(arg.partition("=")[0] == "--name" for arg in argv):
         raise ValueError("--name is of a new run; --resume goes on in the folder of an old one")
-    defaults = _options_of(find_run(asked.resume, asked.logs)) if asked.resume else _defaults(asked)
+    run = find_run(asked.resume, asked.logs) if asked.resume else None
+    defaults = _defaults(asked) if run is None else _options_of(run)
     final = parser()
     final.set_defaults(defaults)
     options = final.parse_args(argv).as_dict()
     options.pop("config", None)
-    return TrainConfig(**options)
+    return TrainConfig(**options | {"resume": run and str(run)})

@@ -6,7 +6,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -63,9 +63,10 @@ def create_run(logs: str, name: str) -> Path:
 
 def discard_run(run: Path) -> None:
     """Remove what :func:`create_run` made, if nothing has come in since."""
-    if [path.name for path in run.iterdir()] == [METRICS] and not (run / METRICS).stat().st_size:
-        (run / METRICS).unlink()
-        run.rmdir()
+    with suppress(OSError):
+        if [path.name for path in run.iterdir()] == [METRICS] and not (run / METRICS).stat().st_size:
+            (run / METRICS).unlink()
+            run.rmdir()
 
 
 def _left_over(path: Path) -> bool:
