@@ -17,6 +17,10 @@ from esl_fast.model.scores import InnerProducts
 REPLACEABLE = ("fold", "image_units", "sides", "text_units", "units_of")
 
 
+def nothing_replaced(head: nn.Module) -> bool:
+    return not any(name in vars(head) for name in REPLACEABLE)
+
+
 class Head(nn.Module):
     """A similarity that is an inner product of two derived vectors, ``image_units . fold(text_units)``.
 
@@ -30,7 +34,7 @@ class Head(nn.Module):
     @property
     def plain(self) -> bool:
         """Whether nobody observes or replaces calls of its parts: then they may be worked around."""
-        return type(self).sides is Head.sides and not any(name in vars(self) for name in REPLACEABLE)
+        return type(self).sides is Head.sides and nothing_replaced(self)
 
     def image_units(self, x: Tensor) -> Tensor:
         """Units ``(N, U)`` of image features ``(N, d)``."""
@@ -166,7 +170,7 @@ class ESLHead(LevelHead, Head):
     @property
     def plain(self) -> bool:
         parts = Aggregator.is_plain(self.image) and Aggregator.is_plain(self.text)
-        return parts and type(self) is ESLHead and type(self.contribution) is Contribution and super().plain
+        return parts and type(self) is ESLHead and type(self.contribution) is Contribution and nothing_replaced(self)
 
     def fold(self, units: Tensor, side: str) -> Tensor:
         return self.contribution.fold(units, side)
