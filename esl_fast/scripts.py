@@ -43,6 +43,14 @@ def _message(error: Exception) -> str:
     return text.strip().splitlines()[-1].partition(": ")[2] if "in DataLoader worker process" in text else text
 
 
+def check_least(options: Any, least: dict[str, float]) -> None:
+    """ValueError naming the first option that is given and below its bound."""
+    for name, bound in least.items():
+        value = getattr(options, name)
+        if value is not None and not value >= bound:
+            raise ValueError(f"{name} is {value}; expected at least {bound}")
+
+
 def with_underscores(argv: Sequence[str], options: type) -> list[str]:
     """Options as the dataclass ``options`` names them: ``--five-folds`` alone is ``--five_folds=true``."""
     switches = {f"--{field.name}" for field in fields(options) if field.type is bool}

@@ -15,10 +15,8 @@ BLOCK_ELEMENTS = 1 << 21
 
 
 class ContrastiveLoss(torch.autograd.Function):
-    """The loss, and what the backward needs of it."""
-
     @staticmethod
-    def forward(images, texts, logit_scale, image_ids, text_ids, same_owner):
+    def forward(ctx, images, texts, logit_scale, image_ids, text_ids, same_owner):
         (n, m), scale = (images.shape[0], texts.shape[0]), logit_scale.detach()
         row_lse = images.new_empty(n)
         column_max, column_sum = images.new_full((m,), -torch.inf), images.new_zeros(m)
@@ -53,21 +51,16 @@ class ContrastiveLoss(torch.autograd.Function):
             # Not in place: torch.compile (2.11) loses the gradient of what was changed in place.
             loss = loss + (weight * torch.where(counted, lse - positive / count.clamp(min=1), 0)).sum()
             weights.append(weight)
-        return loss, row_lse, column_lse, *weights, row_count, column_count
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, ctx.same_owner = inputs
-        ctx.save_for_backward(*tensors, *output[1:])
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            images, texts, logit_scale, image_ids, text_ids, row_lse, column_lse, *weights, row_count, column_count
+        )
+        ctx.same_owner = same_owner
+        return loss
 
     @staticmethod
     @first_order
     @without_autocast
-    def backward(ctx, grad, *_):
-        if grad is None:
-            return None, None, None, None, None, None
+    def backward(ctx, grad):
         images, texts, logit_scale, image_ids, text_ids, row_lse, column_lse, *rest = ctx.saved_tensors
         row_weight, column_weight, row_count, column_count = rest
         scale = logit_scale.detach()
@@ -121,4 +114,4 @@ def contrastive_loss(
     same_owner: str,
 ) -> Tensor:
     """As :func:`esl_fast.reference.contrastive.contrastive_loss` of their product, for float32 or float64 units."""
-    return ContrastiveLoss.apply(image_units, folded_text_units, logit_scale, image_ids, text_ids, same_owner)[0]
+    return ContrastiveLoss.apply(image_units, folded_text_units, logit_scale, image_ids, text_ids, same_owner)

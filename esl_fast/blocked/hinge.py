@@ -62,7 +62,7 @@ def hardest_negatives(similarity: Tensor, image_ids: Tensor | None, text_ids: Te
 
 class AllNegatives(torch.autograd.Function):
     @staticmethod
-    def forward(similarity, image_ids, text_ids, margin):
+    def forward(ctx, similarity, image_ids, text_ids, margin):
         compute = torch.promote_types(similarity.dtype, torch.float32)
         positive = similarity.diagonal().to(compute)
         loss = positive.new_zeros(())
@@ -71,12 +71,9 @@ class AllNegatives(torch.autograd.Function):
             # Not in place: torch.compile (2.11) loses the gradient of what was changed in place.
             loss = loss + (scores - positive[rows, None]).relu_().sum()
             loss = loss + scores.sub_(positive).relu_().sum()
+        ctx.save_for_backward(similarity, image_ids, text_ids)
+        ctx.margin = margin
         return loss
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, ctx.margin = inputs
-        ctx.save_for_backward(*tensors)
 
     @staticmethod
     @first_order

@@ -13,11 +13,11 @@ import yaml
 
 from esl_fast.evaluation.protocol import evaluate
 from esl_fast.evaluation.report import table
-from esl_fast.files import existing
 from esl_fast.model import MatchingModel, load_checkpoint
+from esl_fast.model.checkpoint import checkpoint_at
 from esl_fast.model.sequence_towers import read_bert
 from esl_fast.model.towers import pick_device
-from esl_fast.scripts import build_data, reporting_errors, with_underscores
+from esl_fast.scripts import build_data, check_least, reporting_errors, with_underscores
 
 
 @dataclass
@@ -67,10 +67,7 @@ class EvaluateConfig:
     save_similarity: str | None = None
 
     def __post_init__(self) -> None:
-        for name, bound in {"batch_size": 1, "workers": 0, "rerank": 1}.items():
-            value = getattr(self, name)
-            if value is not None and value < bound:
-                raise ValueError(f"{name} is {value}; expected at least {bound}")
+        check_least(self, {"batch_size": 1, "workers": 0, "rerank": 1})
 
 
 def parse(argv: Sequence[str]) -> EvaluateConfig:
@@ -124,8 +121,8 @@ def run(config: EvaluateConfig) -> int:
         if path is not None:
             check_writable(f"--{name}", Path(path))
     for path in (*config.checkpoint, config.shortlist):
-        if path is not None and not existing(Path(path)).exists():
-            raise FileNotFoundError(f"no checkpoint at {path}")
+        if path is not None:
+            checkpoint_at(path)
     data = build_data(config, config.split)
 
     def load(path: str) -> MatchingModel:

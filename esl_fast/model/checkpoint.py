@@ -49,6 +49,15 @@ def save_checkpoint(model: MatchingModel, folder: str | Path) -> None:
         write_model(model, new)
 
 
+def checkpoint_at(path: str | Path) -> Path:
+    """The folder or file that :func:`load_checkpoint` reads for a path. Raises FileNotFoundError: nothing there."""
+    found = Path(path).resolve()
+    found = existing(found.parent if found.name == WEIGHTS else found)
+    if not found.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    return found
+
+
 def load_checkpoint(path: str | Path) -> MatchingModel:
     """Load a model in evaluation mode on the CPU.
 
@@ -61,12 +70,7 @@ def load_checkpoint(path: str | Path) -> MatchingModel:
         CheckpointError: not a checkpoint, damaged, or (official) holding anything but tensors and plain data;
             nothing in the file is ever executed.
     """
-    path = Path(path).resolve()
-    if path.name == WEIGHTS:
-        path = path.parent
-    path = existing(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+    path = checkpoint_at(path)
     return (_load_own(path) if path.is_dir() else _load_official(path)).eval()
 
 

@@ -12,7 +12,7 @@ import yaml
 from esl_fast.data.regions import CAPTIONS_PER_IMAGE
 from esl_fast.files import replace_text
 from esl_fast.model.heads import REGION_WORD_SIMILARITIES, SIMILARITIES
-from esl_fast.scripts import with_underscores
+from esl_fast.scripts import check_least, with_underscores
 
 RECIPES = Path(__file__).with_name("recipes")
 # Data sets without a recipe of their own follow the official one.
@@ -144,15 +144,12 @@ class TrainConfig:
             self.pretrained = None
         if self.loss == "auto":
             self.loss = "hinge" if self.similarity in REGION_WORD_SIMILARITIES else "infonce"
-        least = {
+        check_least(self, {
             "epochs": 1, "batch_size": 2, "accum_freq": 1, "evals_per_epoch": 1, "patience": 0, "workers": 0,
             "eval_batch_size": 1, "log_every": 1, "lr": 0, "head_lr": 0, "wd": 0, "grad_clip": 0, "warmup": 0,
             "freeze_image_layers": 0, "freeze_text_layers": 0, "embed_dim": 1,
             "bert_lr": 0, "decay_epoch": 1, "margin": 0, "hinge_epochs": 0, "size_augmentation": 0,
-        }  # fmt: skip
-        for name, bound in least.items():
-            if not getattr(self, name) >= bound:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least {bound}")
+        })  # fmt: skip
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}; expected 0 to {2**32 - 1}")
         if self.bert is not None and self.text_tower != "bert":
