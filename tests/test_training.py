@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from esl_fast import load_checkpoint
@@ -252,7 +253,7 @@ def test_a_wrong_override_leaves_the_run_as_it_was(features_root, tmp_path, caps
     assert main(options(features_root, tmp_path)) == 0
     before = (tmp_path / "run" / "train.yaml").read_bytes()
     assert main(["--resume=latest", f"--logs={tmp_path}", "--embed-dim=16"]) == 2
-    assert "cannot resume from" in capsys.readouterr().err
+    assert f"embed_dim is 16; that of {tmp_path / 'run' / 'last'} is 32" in capsys.readouterr().err
     assert (tmp_path / "run" / "train.yaml").read_bytes() == before
 
 
@@ -498,8 +499,71 @@ def test_a_resumed_run_keeps_its_model(features_root, tmp_path, capsys):
     assert main(options(features_root, tmp_path, "--epochs=1")) == 0
     assert main([f"--resume={tmp_path / 'run'}", "--similarity=cosine", "--epochs=2"]) == 2
     error = capsys.readouterr().err
-    assert "similarity was 'esl-heuristic' and is 'cosine'" in error
+    assert f"similarity is 'cosine'; that of {tmp_path / 'run' / 'last'} is 'esl-heuristic'" in error
     assert len(error.splitlines()) < 4
+
+
+def test_a_run_may_start_from_a_checkpoint(features_root, tmp_path, capsys):
+    assert main(options(features_root, tmp_path, "--epochs=6", "--lr=0.01", "--similarity=esl-adaptive")) == 0
+    best = tmp_path / "run" / "best"
+    rsum = {entry["step"]: entry["rsum"] for entry in read_metrics(tmp_path / "run") if entry["kind"] == "val"}
+    best_rsum = max(rsum.values())
+    data = [f"--data-root={features_root}", f"--logs={tmp_path}"]
+    argv = ["--dataset=features", *data, "--name=on", "--epochs=1", "--batch-size=32"]
+    assert main([*argv, f"--checkpoint={best}"]) == 0
+    first, *_ = (entry for entry in read_metrics(tmp_path / "on") if entry["kind"] == "val")
+    assert (first["step"], first["rsum"]) == (0, pytest.approx(best_rsum))
+    shutil.move(tmp_path / "run", tmp_path / "gone")  # a run to resume needs what it started from no more
+    assert main([f"--resume={tmp_path / 'on'}", "--epochs=2", "--head-lr=0"]) == 0
+    assert load_checkpoint(tmp_path / "on" / "last").config == load_checkpoint(tmp_path / "gone" / "best").config
+    again = yaml.safe_load((tmp_path / "on" / "train.yaml").read_text()) | {"checkpoint": str(tmp_path / "gone/best")}
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(again))
+    assert main([f"--config={tmp_path / 'again.yaml'}", "--name=again", "--epochs=1"]) == 0
+    capsys.readouterr()
+    for argv, message in (
+        (["--pretrained=openai"], "pretrained is 'openai', but the weights are those of"),
+        (["--embed-dim=64"], f"embed_dim is 64; that of {tmp_path / 'gone' / 'best'} is 32"),
+        (["--text-tower=words"], "text_tower is 'words'; that of"),
+        (["--similarity=region-word-heuristic"], "'features', one vector an item"),
+        (["--dataset=synthetic"], "the data set has pixels; the model takes features of 24 numbers"),
+    ):
+        root = data if "synthetic" not in argv[0] else data[1:]
+        assert main(["--dataset=features", *root, "--name=x", f"--checkpoint={tmp_path / 'gone/best'}", *argv]) == 2
+        assert message in capsys.readouterr().err
+    assert main([f"--resume={tmp_path / 'on'}", "--checkpoint=x"]) == 2
+    assert "--checkpoint is of a new run" in capsys.readouterr().err
+
+
+def test_a_new_head_goes_on_the_towers_of_a_checkpoint(features_root, tmp_path):
+    assert main(options(features_root, tmp_path, "--epochs=1", "--similarity=cosine")) == 0
+    best, data = tmp_path / "run" / "best", [f"--data-root={features_root}", f"--logs={tmp_path}", "--name=esl"]
+    argv = [f"--checkpoint={best}", "--similarity=esl-adaptive", "--num-levels=2", "--freeze-image", "--freeze-text"]
+    with pytest.warns(UserWarning, match="a new head .similarity esl-adaptive, kernel_size 2, num_levels 2. on the"):
+        assert main(["--dataset=features", *data, *argv, "--epochs=1", "--batch-size=32"]) == 0
+    before, after = load_checkpoint(best), load_checkpoint(tmp_path / "esl" / "last")
+    assert after.config.similarity == "esl-adaptive"
+    assert len(after.head.degrees()) == 3
+    for tower in ("image_tower", "text_tower"):
+        weights = getattr(after, tower).state_dict()
+        assert all(torch.equal(value, weights[name]) for name, value in getattr(before, tower).state_dict().items())
+
+
+def test_a_run_may_start_from_an_official_checkpoint(pictures_root, tmp_path, capsys):
+    tiny = checkpoint.read_pth(Path(__file__).parent / "golden" / "official_heuristic_tiny.pth")["state_dict"]
+    width = tiny["clip.token_embedding.weight"].shape[1]
+    tiny["clip.token_embedding.weight"] = 0.02 * torch.randn(49408, width)  # it knows only the first tokens
+    official = tmp_path / "official.pth"
+    torch.save({"epoch": 1, "state_dict": tiny}, official)
+    data = ["--dataset=karpathy", f"--data-root={pictures_root}", f"--logs={tmp_path}", "--batch-size=100"]
+    argv = [*data, "--name=tuned", f"--checkpoint={official}", "--epochs=1", "--evals-per-epoch=1", "--workers=0"]
+    assert main([*argv, f"--model={pictures_root / 'tiny.json'}"]) == 2
+    assert "the towers of" in capsys.readouterr().err
+    assert main([*argv, "--lr=1e-3"]) == 0
+    config = yaml.safe_load((tmp_path / "tuned" / "train.yaml").read_text())
+    assert (config["similarity"], config["model"], config["pretrained"]) == ("esl-heuristic", None, None)
+    given, tuned = load_checkpoint(official), load_checkpoint(tmp_path / "tuned" / "last")
+    assert tuned.config.clip["vision_cfg"] == given.config.clip["vision_cfg"]
+    assert not torch.equal(tuned.image_tower.proj, given.image_tower.proj)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(features_root, tmp_path, monkeypatch, capsys):
@@ -547,6 +611,9 @@ def test_unknown_options_are_named(argv, message, capsys):
         (["--device=mps"], "device is 'mps'; accepted: auto, cpu, cuda, cuda:N"),
         ([f"--pretrained={__file__}"], "test_training.py', which holds no weights of esl-tiny"),
         (["--pretrained=nowhere"], "'none' starts from random weights"),
+        (["--embed-dim=100"], "embed_dim is 100; the open_clip tower's is 256"),
+        (["--checkpoint=/nowhere"], "no checkpoint at /nowhere"),
+        (["--model=null"], "model is None, which goes with a checkpoint only"),
     ],
 )
 def test_bad_input_is_one_line(argv, message, tmp_path, capsys):

@@ -64,6 +64,8 @@ class ModelConfig:
         if "open_clip" in (self.image_tower, self.text_tower):
             if self.clip is None:
                 raise ValueError("an open_clip tower needs the open_clip configuration `clip`")
+            if self.embed_dim not in (None, self.clip["embed_dim"]):
+                raise ValueError(f"embed_dim is {self.embed_dim}; the open_clip tower's is {self.clip['embed_dim']}")
             self.embed_dim = self.clip["embed_dim"]
         for name, needed in (
             ("feature_dim", self.image_tower in ("features", "regions")),

@@ -132,6 +132,14 @@ def open_clip_config(model: str, pretrained: str | None = None) -> dict[str, Any
     return config
 
 
+def agree(config: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two open_clip configurations say the same of embeddings and towers where both say something."""
+    if config["embed_dim"] != other["embed_dim"]:
+        return False
+    parts = ((config[name], other[name]) for name in ("vision_cfg", "text_cfg"))
+    return all(one[key] == two[key] for one, two in parts for key in one.keys() & two.keys())
+
+
 def default_preprocess() -> dict[str, Any]:
     """CLIP's own: bicubic resize of the shorter side, centre crop, CLIP's mean and standard deviation."""
     return asdict(PreprocessCfg())

@@ -11,6 +11,7 @@ import yaml
 
 from esl_fast.data.regions import CAPTIONS_PER_IMAGE
 from esl_fast.files import replace_text
+from esl_fast.model.checkpoint import load_checkpoint
 from esl_fast.model.heads import REGION_WORD_SIMILARITIES, SIMILARITIES
 from esl_fast.scripts import check_least, with_underscores
 
@@ -21,7 +22,9 @@ RECIPE_OF = {"synthetic": "synthetic", "features": "features"}
 LARGE = 10_000
 CONFIG_FILE = "train.yaml"
 # Options that may be a file or, but for the last two, which may be names, a folder.
-PATHS = ("data_root", "image_root", "annotations", "features", "bert", "model", "pretrained")
+PATHS = ("data_root", "image_root", "annotations", "features", "bert", "checkpoint", "model", "pretrained")
+# Options that a checkpoint sets.
+OF_MODEL = ("similarity", "kernel_size", "num_levels", "text_tower", "embed_dim")
 
 
 @dataclass
@@ -39,15 +42,18 @@ class TrainConfig:
         annotations: Annotation file, where it is not the usual one under data_root.
         features: .npy file of precomputed image features, where data_root holds more than one.
         on_error: What an unreadable image or record does: raise names it and stops, skip leaves it out and counts.
+        checkpoint: Start from this model, a folder saved by training or an official .pth file, in place of a new one:
+            its options of the model hold. Another similarity, kernel_size or num_levels puts a new head on its towers.
         similarity: esl-heuristic, esl-adaptive, cosine (the baseline), region-word-heuristic or region-word-adaptive.
         kernel_size: ESL: a level has 1/kernel_size of its predecessor's units.
         num_levels: ESL: levels beyond the embedding itself.
-        model: open_clip architecture, a .json configuration file, or esl-tiny (small, trains on a CPU).
+        model: open_clip architecture, a .json configuration file, or esl-tiny (small, trains on a CPU). With a
+            checkpoint, null or the same.
         pretrained: open_clip tag or a local weights file; none starts from random weights.
         text_tower: open_clip (the model's text transformer), bert, or for small data bag (mean of token embeddings) or
             words (a vector for each token).
         bert: Local folder of a BERT (config.json, vocab.txt and, unless it is to start from random weights, weights).
-        embed_dim: Width of the features where no open_clip tower sets it.
+        embed_dim: Width of the features where no open_clip tower sets it; 512 if not given.
         freeze_image: Do not train the image tower.
         freeze_text: Do not train the text tower.
         freeze_image_layers: Do not train what comes before and in the first n layers of the image tower.
@@ -95,14 +101,15 @@ class TrainConfig:
     annotations: str | None = None
     features: str | None = None
     on_error: Literal["raise", "skip"] = "raise"
+    checkpoint: str | None = None
     similarity: Literal[SIMILARITIES + REGION_WORD_SIMILARITIES] = "esl-heuristic"
     kernel_size: int = 2
     num_levels: int = 8
-    model: str = "ViT-B-16"
+    model: str | None = "ViT-B-16"
     pretrained: str | None = None
     text_tower: Literal["open_clip", "bert", "bag", "words"] = "open_clip"
     bert: str | None = None
-    embed_dim: int = 512
+    embed_dim: int | None = None
     freeze_image: bool = False
     freeze_text: bool = False
     freeze_image_layers: int = 0
@@ -152,6 +159,10 @@ class TrainConfig:
         })  # fmt: skip
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}; expected 0 to {2**32 - 1}")
+        if self.checkpoint is None and self.model is None:
+            raise ValueError("model is None, which goes with a checkpoint only")
+        if self.checkpoint is not None and self.pretrained is not None:
+            raise ValueError(f"pretrained is {self.pretrained!r}, but the weights are those of {self.checkpoint}")
         if self.bert is not None and self.text_tower != "bert":
             raise ValueError(f"bert is {self.bert!r}, but text_tower is {self.text_tower!r}; expected 'bert'")
         if self.warmup > 1:
@@ -214,11 +225,16 @@ def _defaults(asked: Any) -> dict[str, Any]:
     return load_yaml(path) | {"recipe": name}
 
 
+def _options_in(checkpoint: str) -> dict[str, Any]:
+    model = load_checkpoint(checkpoint).config
+    return {name: getattr(model, name) for name in OF_MODEL} | {"model": None, "pretrained": None}
+
+
 def parse(argv: Sequence[str]) -> TrainConfig:
     """Configuration from the command line over a YAML file over the data set's recipe (or the resumed run's own).
 
     Exits with a message for unknown or badly typed options, ``--help`` and ``--print_config``. Raises ValueError for
-    values out of range, and FileNotFoundError without a run to resume.
+    values out of range, and FileNotFoundError without a run to resume or a checkpoint to start from.
     """
     from jsonargparse import ArgumentParser
 
@@ -234,15 +250,20 @@ def parse(argv: Sequence[str]) -> TrainConfig:
 
     # A first look, only to learn which defaults hold: those of the run to resume or of the recipe.
     looking = [arg for arg in argv if arg not in ("-h", "--help") and not arg.startswith("--print_config")]
-    asked = parser().parse_args(looking)
+    asked, given = parser().parse_args(looking), parser().parse_args(looking, defaults=False)
     if asked.resume and not any(arg.partition("=")[0] == "--resume" for arg in argv):
         raise ValueError(f"a --config file says resume: {asked.resume}; say it on the command line with --resume")
-    if asked.resume and any(arg.partition("=")[0] == "--name" for arg in argv):
-        raise ValueError("--name is of a new run; --resume goes on in the folder of an old one")
+    for option in ("--name", "--checkpoint"):
+        if asked.resume and any(arg.partition("=")[0] == option for arg in argv):
+            raise ValueError(f"{option} is of a new run; --resume goes on with an old one, in its folder")
     run = find_run(asked.resume, asked.logs) if asked.resume else None
     defaults = _defaults(asked) if run is None else _options_of(run)
+    if run is None and asked.checkpoint is not None:
+        defaults |= _options_in(asked.checkpoint)
     final = parser()
     final.set_defaults(defaults)
     options = final.parse_args(argv).as_dict()
     options.pop("config", None)
+    if options["text_tower"] == "open_clip" and "embed_dim" not in given:
+        options["embed_dim"] = None  # a recipe's is for towers that do not set it
     return TrainConfig(**options | {"resume": run and str(run)})

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from esl_fast.evaluation import table
+from esl_fast.files import existing
 from esl_fast.model.towers import pick_device
 from esl_fast.scripts import build_data, reporting_errors
 from esl_fast.training.build import build_model, seed_everything
 from esl_fast.training.config import TrainConfig, parse
 from esl_fast.training.interrupt import Interrupted
-from esl_fast.training.runs import RESULTS, create_run, discard_run, draw_curves, find_run
+from esl_fast.training.runs import LAST, RESULTS, create_run, discard_run, draw_curves, find_run
 from esl_fast.training.trainer import Trainer
 
 
@@ -34,7 +35,7 @@ def train(config: TrainConfig) -> int:
     started = time.perf_counter()
     try:
         data = build_data(config)
-        model = build_model(config, data).to(device)
+        model = build_model(config, data, existing(run / LAST) if resuming else None).to(device)
         trainer = Trainer(config, data, model, run, resume=resuming)
     except BaseException:
         discard_run(run)

@@ -35,8 +35,6 @@ PROGRESS = (
     "step", "steps_per_epoch", "best_rsum", "best_step", "unsaved_rsum", "evals_since_best", "latest_r1",
     "validated_step",
 )  # fmt: skip
-# Options of a model that one may give beside a run to resume, and may not change.
-OPTIONS = ("similarity", "kernel_size", "num_levels", "embed_dim", "text_tower")
 
 
 class Trainer:
@@ -299,12 +297,7 @@ class Trainer:
     def _restore(self) -> None:
         folder = existing(self.run / LAST)
         try:
-            saved = load_checkpoint(folder)
-            was, now = saved.config.to_dict(), self.model.config.to_dict()
-            other = [f"{key} was {was[key]!r} and is {now[key]!r}" for key in OPTIONS if was[key] != now[key]]
-            if other:
-                raise ValueError("; ".join(other))
-            self.model.load_state_dict(saved.state_dict())
+            self.model.load_state_dict(load_checkpoint(folder).state_dict())
             progress = read_state(folder, self.model, self.optimizer)
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split()[:40])  # PyTorch lists every key
