@@ -99,6 +99,26 @@ def test_embeddings_of_any_size(scale, weights, chain):
     torch.testing.assert_close(units.double(), defined(x, weights, chain=chain), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("ratio", [0.1, 0.01, 1e-3, 1e-12])
+@pytest.mark.parametrize("aggregator", AGGREGATORS)
+@pytest.mark.parametrize("normalize", [True, False])
+@chains
+def test_levels_that_all_but_vanish(ratio, aggregator, normalize, chain):
+    """Each level of one vector is `ratio` times as long as its predecessor; the others keep their lengths."""
+    taps = torch.tensor([[1, ratio]]).repeat(8, 1)
+    matrices = [torch.kron(torch.eye(256 >> k), torch.tensor([[1, ratio]])) for k in range(8)]
+    weights = taps if aggregator == "heuristic" else matrices
+    x = torch.randn(5, 512)
+    x[[1, 3]] = torch.eye(512)[[511, 511]]
+    x[3] *= 1e-12
+    x[4] = 0 if not normalize else x[4]
+    units = ops.aggregate(x, weights, chain=chain, normalize=normalize)
+    expected = defined(x, weights, chain=chain, normalize=normalize)
+    error = (units.double() - expected).abs().amax(1)
+    assert error[[0, 1, 2, 4]].max() < 2e-6
+    assert error[3] < 2e-6 or not normalize  # of which the definition in float32 is no better
+
+
 @pytest.mark.parametrize("weights", [random_taps(8), random_matrices(*(512 >> k for k in range(9)))], ids=AGGREGATORS)
 @pytest.mark.parametrize("scale", [0, 1e-23])
 @chains
@@ -579,6 +599,7 @@ CONTRASTIVE = {
     "one pair": (1, 1, None, "positive"),
     "negative": (23, 23, 5, "negative"),
     "positive": (23, 37, 30, "positive"),  # some have none
+    "several positives": (23, 37, 5, "positive"),  # of rows and of columns, not equally many
     "ignore": (23, 23, 5, "ignore"),
     "ignore everything": (40, 40, 1, "ignore"),  # a block of rows may hold nothing that counts for a text
 }

@@ -8,12 +8,14 @@ import math
 import threading
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from esl_fast import reference
 from esl_fast.reference.aggregate import EPS, level_dims
 
 # Vectors handled at a time.
@@ -39,8 +41,10 @@ class Scales:
         """`norms (L+1, ...)`, to be filled; `sizes (L,)`: how many times too small A_k is taken."""
         self.all, self.each, self.later = norms, norms.unbind(), norms[1:]
         self.chained, self.normalize = chained, normalize
-        # A vector need not vanish where its norm does, and zeros must stay zeros: n_k is at least this part of n_0.
-        self.floor = math.sqrt(torch.finfo(norms.dtype).tiny)
+        # Zeros must stay zeros: n_k is at least this part of n_0.
+        limits = torch.finfo(norms.dtype)
+        self.floor = math.sqrt(limits.tiny)
+        self.most = math.sqrt(limits.eps / limits.tiny)
         eps = EPS / (sizes if chained else sizes.cumprod(0))
         eps = eps.clamp(0 if chained else self.floor, 1e30).to(norms.dtype)
         self.eps = eps.view(-1, *[1] * (norms.ndim - 1))
@@ -57,6 +61,12 @@ class Scales:
         else:
             self.later.addcmul_(first, self.eps)
         self.all.reciprocal_()
+
+    def lost(self) -> Tensor | None:
+        """Which vectors have a level too small for its norm to be right; None if all are well."""
+        if not self.all.numel() or not self.all.amax().item() > self.most:
+            return None
+        return (self.all.flatten(1) > self.most).any(0).nonzero().squeeze(1)
 
 
 class Kept(threading.local):
@@ -89,6 +99,7 @@ class Units:
         self.matrices = [matrix / size for matrix, size in zip(matrices, sizes, strict=True)]
         self.sizes = torch.tensor(sizes, dtype=torch.float64, device="cpu")
         self.chained, self.normalize = chain == "normalized", normalize
+        self.define = partial(reference.aggregate.aggregate, weights=matrices, chain=chain, normalize=normalize)
         self.kept = Kept()
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -100,7 +111,12 @@ class Units:
                 self.kept.views.clear()
             self.kept.views[x.shape] = views
         self._make(x, views.levels if out is None else self._levels(out, x), views)
-        return views.out if out is None else out
+        out = views.out if out is None else out
+        lost = views.scales.lost()
+        if lost is not None:
+            lost = lost[x[lost].any(1)]  # of zeros nothing can be lost
+            out[lost] = self.define(x[lost])
+        return out
 
     def empty(self, x: Tensor) -> Tensor:
         """`(n, U)`, uninitialised."""

@@ -129,11 +129,16 @@ class HeuristicAggregator(Aggregator):
         return [self.weight]
 
     def levels(self) -> tuple[Tensor, None]:
-        # A filter is the sum over its channels.
         cache = self.cache()
         if cache is None or torch.is_grad_enabled():
-            return self.weight.sum(1), None
-        return cache.get("taps", (self.weight,), lambda weights: weights[0].sum(1)), None
+            return self._taps([self.weight]), None
+        return cache.get("taps", (self.weight,), self._taps), None
+
+    @staticmethod
+    def _taps(weights: Sequence[Tensor]) -> Tensor:
+        """A filter is the sum over its channels; half a precision would lose what is left where they cancel."""
+        (weight,) = weights
+        return weight.sum(1, dtype=torch.promote_types(weight.dtype, torch.float32))
 
 
 class AdaptiveAggregator(Aggregator):

@@ -57,9 +57,9 @@ class RegionWordHead(LevelHead):
         word_lengths = words.lengths
         if word_lengths is None:
             word_lengths = torch.full(words.vectors.shape[:1], words.vectors.shape[1], device=words.vectors.device)
-        return RegionWordScores(
-            region_units, word_units, self.contribution.temp_scale.exp(), word_lengths, regions.lengths
-        )
+        smooth = self.contribution.temp_scale
+        smooth = smooth.to(torch.promote_types(smooth.dtype, torch.float32)).exp()
+        return RegionWordScores(region_units, word_units, smooth, word_lengths, regions.lengths)
 
     def operands(
         self, regions: Tensor, words: Tensor, word_lengths: Tensor, region_lengths: Tensor | None = None

@@ -15,7 +15,8 @@ def retrieval_ranks(image_units: Tensor, folded_text_units: Tensor, owners: Tens
     """Rank (from 0) of each image's best caption among all captions, and of each caption's image among all images.
 
     A rank is the number of *other* items that score at least as high as the right one: a tie counts against the
-    model. An image without captions ranks M.
+    model. An image without captions ranks M. On a CPU, where images own unequally many captions, copies of a caption
+    may differ in the last bits of their scores and then do not tie.
 
     Args:
         image_units: ``(N, U)``.

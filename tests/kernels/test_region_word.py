@@ -101,18 +101,20 @@ def test_small_and_negative_products(sign, device):
     assert_gradients(*both(scores, expected, tensors, exact), 1e-5, 1e-4)
 
 
-def test_zero_products(device):
-    """Norms of 0 on both axes: no gradient through them, as in torch."""
-    tensors, exact, word_lengths, _ = case((2, 3, 2, 4, 8), device)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 2e-3)], ids=str)
+def test_zero_products(dtype, tolerance, device):
+    """Norms of 0 on both axes: even attention, and no gradient through them, as in torch."""
+    tensors, exact, word_lengths, _ = case((2, 3, 2, 4, 8), device, dtype)
     with torch.no_grad():
         for units in (tensors, exact):
             units[0][0].zero_()
             units[1][0, 1].zero_()
     expected = reference.region_word_similarity(*exact, word_lengths)
     scores = kernel.region_word_similarity(*tensors, word_lengths)
-    assert relative_error(scores.cpu(), expected) < 1e-6
-    actual = torch.autograd.grad(scores.sum(), tensors)
-    assert all(torch.isfinite(g).all() for g in actual)
+    assert relative_error(scores.cpu(), expected) < tolerance
+    if dtype == torch.float32:  # of vectors of zeros they are beyond float16
+        actual = torch.autograd.grad(scores.sum(), tensors)
+        assert all(torch.isfinite(g).all() for g in actual)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
