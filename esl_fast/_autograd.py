@@ -8,6 +8,14 @@ import torch
 from torch import Tensor
 
 
+def apart(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The same tensors for an autograd function, of which torch.compile takes none twice."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    seen = [any(x is before for before in tensors[:i]) for i, x in enumerate(tensors)]
+    return tuple(x.view_as(x) if again and x is not None else x for x, again in zip(tensors, seen, strict=True))
+
+
 class _Once(torch.autograd.Function):
     """Copies of the first ``count`` tensors, which depend on all of them and cannot be differentiated."""
 

@@ -15,10 +15,14 @@ def is_transformed() -> bool:
 
 
 def is_eager() -> bool:
-    """Whether no compiler, transform of `torch.func`, dispatch mode or dual level stands between a call and its doing.
+    """Whether no compiler, tracer, transform of `torch.func`, dispatch mode or dual level stands between a call and its
+    doing.
 
     Where one does, values cannot be read, results cannot be written with `out=`, and a tensor may not be what it seems.
     """
     return (
-        not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0 and not is_transformed()
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not is_transformed()
     )

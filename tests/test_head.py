@@ -22,7 +22,7 @@ from helpers import (
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
-from esl_fast import ESLHead, blocked, reference, similarity
+from esl_fast import ESLHead, RegionWordHead, blocked, reference, similarity
 from esl_fast.model import SIMILARITIES, CosineHead, Head, make_head, official
 
 GOLDEN = [pytest.param(path, id=path.stem) for path in golden_files("clip_*.safetensors")]
@@ -492,6 +492,27 @@ def test_compiles_into_one_graph(aggregator):
     torch.testing.assert_close(compiled(images, texts), head(images, texts), rtol=1e-5, atol=1e-6)
     with torch.no_grad():
         torch.testing.assert_close(compiled(images, texts), head(images, texts), rtol=1e-5, atol=1e-6)
+
+
+@either
+def test_traced(aggregator):
+    head = random_head(aggregator).eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(head, (torch.randn(3, 64), torch.randn(4, 64)))
+        for parameter in head.parameters():
+            parameter.mul_(1.5)
+        images, texts = torch.randn(2, 64), torch.randn(5, 64)
+        torch.testing.assert_close(traced(images, texts), head(images, texts))
+
+
+@either
+@pytest.mark.parametrize("variant", [ESLHead, RegionWordHead])
+def test_units_of_another_width(variant, aggregator):
+    head = variant(32, 2, 4, aggregator)
+    for units in (head.image_units, head.text_units):
+        for width in (33, 48, 8):
+            with pytest.raises(ValueError, match=rf"features have shape \(3, {width}\); expected \(..., 32\)"):
+                units(torch.randn(3, width))
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")

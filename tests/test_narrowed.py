@@ -62,3 +62,15 @@ def test_the_drop_in_is_the_head():
     images, texts = torch.randn(5, 64).double().requires_grad_(), torch.randn(7, 64).double()
     assert torch.equal(esl_fast.similarity(images, texts, head), head(images, texts))
     assert esl_fast.similarity(images, texts, head).requires_grad
+
+
+def test_heads_with_units_of_their_own_are_refused():
+    class Doubled(esl_fast.ESLHead):
+        def image_units(self, x):
+            return 2 * super().image_units(x)
+
+    patched = esl_fast.ESLHead(16, 2, 3)
+    patched.fold = lambda units, side: units
+    for head, name in ((Doubled(16, 2, 3), "image_units"), (patched, "fold")):
+        with pytest.raises(TypeError, match=f"has its own {name}"):
+            head.narrowed(0.1)

@@ -56,6 +56,16 @@ def test_which_entries_a_row_keeps(row, kept):
     assert torch.equal(blocked.aggregate.compressed(selected).to_dense(), selected)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_weight_that_is_not_finite_shows(bad, grad):
+    weights = random_matrices(8, 4, 2)
+    weights[1][0, 2] = bad
+    units = ops.aggregate(torch.randn(3, 8, requires_grad=grad), weights, chain="raw")
+    assert units[:, 12:].isnan().all()
+    assert units[:, :12].isfinite().all()
+
+
 WEIGHTS = {
     "taps": lambda: random_taps(5),
     "wide taps": lambda: random_taps(2, 5),
@@ -423,6 +433,27 @@ def test_ranks(owners, dtype, spread):
     assert (ranks[0][uncaptioned] == len(owners)).all()
 
 
+@pytest.mark.parametrize("finer", ["image_units", "folded_text_units"])
+def test_ranks_and_search_in_the_finer_dtype(finer):
+    """Of scores 1 and 1 + 1e-10, which are one in float32, both are right."""
+    close = torch.tensor([[1, 1 + 1e-10]], dtype=torch.float64)
+    images, texts = (close, torch.eye(2)) if finer == "image_units" else (torch.ones(1, 1), close.mT)
+    image_ranks, _ = esl_fast.retrieval_ranks(images, texts, owners=torch.tensor([0, 0]))
+    assert image_ranks.tolist() == [0]
+    values, indices = esl_fast.topk(images, texts, k=2)
+    assert values.dtype == torch.float64
+    assert indices.tolist() == [[1, 0]]
+
+
+def test_ranks_compiled_for_any_size():
+    compiled = torch.compile(esl_fast.retrieval_ranks, backend="eager", dynamic=True)
+    for n in (5, 7):
+        units = torch.randn(n, 8), torch.randn(3 * n, 8)
+        owners = torch.arange(3 * n) % n
+        found, expected = compiled(*units, owners), esl_fast.retrieval_ranks(*units, owners)
+        assert all(map(torch.equal, found, expected))
+
+
 def test_ranks_of_a_known_matrix():
     similarity = torch.tensor([[5.0, 1.0, 4.0, 9.0], [2.0, 3.0, 3.0, 0.0]])
     owners = torch.tensor([0, 0, 1, 1])
@@ -499,6 +530,16 @@ def any_backend():
     esl_fast.use_backend("auto")
 
 
+@pytest.mark.usefixtures("any_backend")
+def test_a_choice_of_backend_may_be_used_again():
+    esl_fast.use_backend("auto")
+    choice = esl_fast.use_backend("torch")
+    for _ in range(2):
+        with choice:
+            assert ops.backend._active == "torch"
+        assert ops.backend._active == "auto"
+
+
 def run_anything():
     return ops.aggregate(torch.ones(1, 4), random_taps(1), chain="raw")
 
@@ -565,6 +606,23 @@ def test_losses_in_transforms(loss, way):
     else:
         found = gradients(torch.compile(loss, fullgraph=True, backend="aot_eager"))
     torch.testing.assert_close(found, gradients(loss))
+
+
+IDS = torch.arange(6) % 4
+OF_ONE_TENSOR_TWICE = {
+    "ids": lambda x: esl_fast.contrastive_loss(x, 2 * x, 3.0, image_ids=IDS, text_ids=IDS),
+    "units": lambda x: esl_fast.contrastive_loss(x, x, 3.0),
+    "hinge": lambda x: esl_fast.hinge_loss(x, IDS, IDS),
+}
+
+
+@pytest.mark.parametrize("loss", OF_ONE_TENSOR_TWICE.values(), ids=OF_ONE_TENSOR_TWICE)
+def test_losses_of_one_tensor_twice(loss):
+    found = []
+    for way in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        x = torch.randn(6, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        found.append((way(x), *torch.autograd.grad(way(x), x)))
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)

@@ -144,6 +144,42 @@ def test_official_weights_there_and_back(aggregator):
         assert all(torch.equal(again.state_dict()[key], value) for key, value in head.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16], ids=str)
+def test_lengths_of_any_integer_dtype(dtype):
+    head = RegionWordHead(16, 2, 2)
+    regions, words = (torch.nn.functional.normalize(torch.randn(3, k, 16), dim=-1) for k in (6, 7))
+    lengths = torch.tensor([7, 2, 4]), torch.tensor([6, 1, 3])
+    expected, found = ([head.operands(regions, words, *(x.to(t) for x in lengths))] for t in (torch.int64, dtype))
+    for results in (expected, found):
+        (units,) = results
+        results += [esl_fast.region_word_similarity(**units), *esl_fast.region_word_topk(**units, k=2)]
+        results += esl_fast.region_word_ranks(**units, owners=torch.arange(3))
+        results += [esl_fast.region_word_hinge_loss(**units, hardest=hardest) for hardest in (False, True)]
+    assert all(map(torch.equal, expected[1:], found[1:]))
+
+
+def test_exported_for_all_batch_sizes():
+    def inputs(n, m):
+        regions, words = torch.randn(n, 6, 16), torch.randn(m, 7, 16)
+        return regions, words, torch.randint(1, 8, (m,))
+
+    head = RegionWordHead(16, 2, 2)
+    images, captions = {0: torch.export.Dim("images")}, {0: torch.export.Dim("captions")}
+    exported = torch.export.export(head, inputs(3, 5), dynamic_shapes=(images, captions, captions))
+    for n, m in ((3, 5), (8, 2)):
+        given = inputs(n, m)
+        torch.testing.assert_close(exported.module()(*given), head(*given))
+
+
+@either
+def test_every_parameter_has_a_gradient(aggregator):
+    """As distributed training wants it, also where nothing depends on one."""
+    head = RegionWordHead(16, 2, 2, aggregator)
+    regions, words = (torch.nn.functional.normalize(torch.randn(3, k, 16), dim=-1) for k in (6, 7))
+    head(regions, words, torch.tensor([7, 2, 4])).sum().backward()
+    assert all(parameter.grad is not None for parameter in head.parameters())
+
+
 def test_operands_are_what_the_functions_take():
     head = random_head()
     given = (unit(4, 5, 32), unit(4, 6, 32), torch.tensor([1, 6, 3, 2]), torch.tensor([5, 1, 2, 3]))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from esl_fast._autocast import without_autocast
-from esl_fast._autograd import first_order
+from esl_fast._autograd import apart, first_order
 
 # Logits held at a time; small enough for the cache, large enough for a fast product.
 BLOCK_ELEMENTS = 1 << 21
@@ -114,4 +114,5 @@ def contrastive_loss(
     same_owner: str,
 ) -> Tensor:
     """As :func:`esl_fast.reference.contrastive.contrastive_loss` of their product, for float32 or float64 units."""
-    return ContrastiveLoss.apply(image_units, folded_text_units, logit_scale, image_ids, text_ids, same_owner)
+    tensors = apart(image_units, folded_text_units, logit_scale, image_ids, text_ids)
+    return ContrastiveLoss.apply(*tensors, same_owner)

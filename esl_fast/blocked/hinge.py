@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from esl_fast._autograd import first_order
+from esl_fast._autograd import apart, first_order
 
 # Scores looked at at a time.
 BLOCK_ELEMENTS = 1 << 20
@@ -98,7 +98,7 @@ def hinge_loss(
 ) -> Tensor:
     """As :func:`esl_fast.reference.hinge.hinge_loss`, in at least float32."""
     if not hardest or not len(similarity):
-        return AllNegatives.apply(similarity, image_ids, text_ids, margin)
+        return AllNegatives.apply(*apart(similarity, image_ids, text_ids), margin)
     with torch.no_grad():
         found = hardest_negatives(similarity, image_ids, text_ids)
     # One look-up, so that backward makes one matrix.

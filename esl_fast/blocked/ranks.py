@@ -99,7 +99,7 @@ def retrieval_ranks(image_units: Tensor, folded_text_units: Tensor, owners: Tens
     owned = by_owner(owners, n)
     texts = folded_text_units if owned.sorted else folded_text_units[owned.order]
     blocks = owned.blocks()
-    compute = torch.promote_types(image_units.dtype, torch.float32)
+    compute = torch.promote_types(torch.promote_types(image_units.dtype, texts.dtype), torch.float32)
     counter = RankCounter(n, m, compute, image_units.device)
 
     def tile(images: slice, captions: slice) -> Tensor:
@@ -109,7 +109,7 @@ def retrieval_ranks(image_units: Tensor, folded_text_units: Tensor, owners: Tens
     for images, captions in blocks:
         scores = tile(images, captions)
         counter.set_bars(images, captions, scores, owned.owners[captions] - images.start)
-        budget -= scores.nbytes
+        budget -= scores.shape[0] * scores.shape[1] * scores.element_size()  # nbytes is no size to a compiler
         if budget >= 0:
             kept[images.start] = scores
 

@@ -47,7 +47,7 @@ def word_blocks(lengths: Tensor, regions: int) -> list[WordBlock]:
 
     Each is in segments whose products with `regions` are about BLOCK_REDUCED, or of one caption.
     """
-    device, lengths = lengths.device, lengths.cpu()
+    device, lengths = lengths.device, lengths.cpu().long()
     order = lengths.argsort(stable=True)
     lengths = lengths[order]
     ends = lengths.cumsum(0)

@@ -13,7 +13,7 @@ def topk(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """As :func:`esl_fast.reference.topk.topk` of ``queries (Q, U) @ gallery (G, U)^T``; blocks move to the queries'
     device and to float32 (or float64) as they come, so that the gallery may be memory-mapped or of lower precision.
     """
-    compute = torch.promote_types(queries.dtype, torch.float32)
+    compute = torch.promote_types(torch.promote_types(queries.dtype, gallery.dtype), torch.float32)
     queries = queries.to(compute)
     k = min(k, gallery.shape[0])
     values = queries.new_empty(queries.shape[0], 0)

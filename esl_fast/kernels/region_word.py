@@ -553,7 +553,7 @@ def region_word_similarity(
     if packing is None:
         packing = pack_captions(word_lengths, word_units.shape[1], region_units.device)
     if region_lengths is not None:
-        region_lengths = region_lengths.to(region_units.device, non_blocking=True)
+        region_lengths = region_lengths.to(region_units.device, non_blocking=True).contiguous()
     return _forward(region_units, word_units, smooth, region_lengths, *packing)
 
 

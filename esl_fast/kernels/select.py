@@ -91,7 +91,7 @@ def _select_rows(
     largest = tl.max(ranked, 0)
     alone = (tl.sum((ranked == largest).to(tl.int32), 0) == 1) & (width > 1)
     second = tl.max(tl.where(ranked == largest, float("-inf"), ranked), 0)
-    keep = valid & (ranked >= tl.where(alone, second, largest))
+    keep = valid & ((ranked < tl.where(alone, second, largest)) == 0)  # NaN shows
     kept = tl.where(keep, m, 0.0)
     slot, count = _partition(keep, entries)
     tl.store(selected_ptr + offsets, kept, mask=valid)

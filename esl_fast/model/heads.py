@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from itertools import islice
+from itertools import accumulate, islice
 
 import torch
 from torch import Tensor, nn
@@ -181,8 +181,13 @@ class ESLHead(LevelHead, Head):
         The levels of the smallest proven bounds are left out, as many as have bounds that add up to ``tolerance`` at
         most; the result's ``bound`` is their sum, and no similarity of exact arithmetic changes by more. Looks at the
         weights as they are now, once, which waits for a GPU. Raises ValueError for a negative tolerance or weights that
-        are not finite.
+        are not finite, TypeError for a head whose units or folding are not an ESLHead's.
         """
+        replaced = [name for name in REPLACEABLE if getattr(type(self), name) is not getattr(ESLHead, name)]
+        replaced += [name for name in REPLACEABLE if name in vars(self)]
+        if replaced:
+            name = type(self).__name__
+            raise TypeError(f"levels of an ESLHead can be left out; this {name} has its own {replaced[0]}")
         if not ops.checks.number("tolerance", tolerance) >= 0:
             raise ValueError(f"tolerance is {tolerance}; expected a number of at least 0")
         bounds = self.contribution.bounds().tolist()
@@ -206,7 +211,7 @@ class NarrowedHead(Head):
     def __init__(self, head: ESLHead, levels: list[int], bound: float) -> None:
         super().__init__()
         self.whole, self.levels, self.bound, self.embed_dim = head, levels, bound, head.embed_dim
-        ends = torch.tensor([0, *head.dims]).cumsum(0).tolist()
+        ends = [0, *accumulate(head.dims)]
         spans = [(ends[level], ends[level + 1]) for level in levels]
         # Neighbouring levels stay one slice, which needs no copy.
         self._spans = [spans[0]]

@@ -79,9 +79,9 @@ class Keeper(nn.Module):
 class Aggregator(Keeper):
     """Units of one modality's embeddings."""
 
-    def __init__(self, side: str, *, normalize: bool) -> None:
+    def __init__(self, embed_dim: int, side: str, *, normalize: bool) -> None:
         super().__init__()
-        self.chain, self.normalize = CHAIN[side], normalize
+        self.embed_dim, self.chain, self.normalize = embed_dim, CHAIN[side], normalize
 
     def levels(self) -> tuple[Tensor | list[Tensor], ops.WeightsCache | None]:
         """Weights of levels 1 to L as :func:`esl_fast.ops.aggregate` takes them, and the cache for it."""
@@ -101,6 +101,8 @@ class Aggregator(Keeper):
 
     def forward(self, x: Tensor, levels: int | None = None) -> Tensor:
         """Units of ``x (..., d)``, of levels 0 to ``levels`` (default: all)."""
+        if x.shape[-1:] != (self.embed_dim,):
+            raise ValueError(f"features have shape {tuple(x.shape)}; expected (..., {self.embed_dim})")
         weights, cache = self.levels()
         weights = weights if levels is None else weights[:levels]
         return ops.aggregate(x, weights, chain=self.chain, normalize=self.normalize, cache=cache)
@@ -121,7 +123,7 @@ class HeuristicAggregator(Aggregator):
     """Each level filters its predecessor with one learned s-tap window of stride s."""
 
     def __init__(self, dims: Sequence[int], kernel_size: int, side: str, *, normalize: bool) -> None:
-        super().__init__(side, normalize=normalize)
+        super().__init__(dims[0], side, normalize=normalize)
         self.weight = nn.Parameter(torch.empty(len(dims) - 1, CHANNELS, kernel_size))
         nn.init.uniform_(self.weight, -1 / math.sqrt(kernel_size), 1 / math.sqrt(kernel_size))  # as nn.Conv1d does
 
@@ -145,7 +147,7 @@ class AdaptiveAggregator(Aggregator):
     """Each level's units are combinations of the two predecessors that its learned matrix weighs most."""
 
     def __init__(self, dims: Sequence[int], kernel_size: int, side: str, *, normalize: bool) -> None:
-        super().__init__(side, normalize=normalize)
+        super().__init__(dims[0], side, normalize=normalize)
         self.weights = nn.ParameterList(torch.randn(after, before) for before, after in pairwise(dims))
 
     def raw(self) -> list[Tensor]:
@@ -230,7 +232,8 @@ class NormedContribution(nn.Module):
     def matrices(self) -> list[Tensor]:
         """D_k of each level."""
         parts = map(tensors_of, (self.tables, self.weights, self.biases))
-        return [normed_matrix(*level) for level in zip(*parts, strict=True)]
+        compute = torch.promote_types(self.w.dtype, torch.float32)
+        return [normed_matrix(*(x.to(compute) for x in level)) for level in zip(*parts, strict=True)]
 
     def fold(self, units: Tensor, side: str) -> Tensor:
         """Fold ``units``; ``side="image"`` is what stands on the left of D."""

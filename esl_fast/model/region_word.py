@@ -50,7 +50,8 @@ class RegionWordHead(LevelHead):
         region_units = self.image(_without_padding("regions", regions).to(common))
         word_units = self.text(_without_padding("words", words).to(common))
         # The caption stands on the left of D: a word is folded as the image of the global variant is.
-        if word_units.shape[:2].numel() <= region_units.shape[:2].numel():
+        # What is exported has to serve all sizes.
+        if torch.compiler.is_exporting() or word_units.shape[:2].numel() <= region_units.shape[:2].numel():
             word_units = self.contribution.fold(word_units, "image")
         else:
             region_units = self.contribution.fold(region_units, "text")

@@ -17,7 +17,7 @@ class use_backend:
     negatives, captions of more than 128 words, more than 1,024 best matches, a search of a float64 gallery; and
     units, similarities and losses that a transform of `torch.func` or forward-mode differentiation goes through.
 
-    Takes effect at once and, used as a context manager, is undone at its end:
+    Takes effect at once, in all threads, and, used as a context manager, is undone at its end:
 
     >>> with esl_fast.use_backend("torch"):
     ...     scores = head(image_features, text_features)
@@ -26,18 +26,20 @@ class use_backend:
     """
 
     def __init__(self, name: str):
-        global _active
         if name not in BACKENDS:
             raise ValueError(f"backend is {name!r}; accepted: {', '.join(map(repr, BACKENDS))}")
-        self._previous = _active
-        _active = name
+        self._name, self._previous = name, None
+        self.__enter__()
 
     def __enter__(self) -> "use_backend":
+        global _active
+        if self._previous is None:
+            self._previous, _active = _active, self._name
         return self
 
     def __exit__(self, *exc) -> None:
         global _active
-        _active = self._previous
+        _active, self._previous = self._previous, None
 
 
 def use_kernels(*tensors: Tensor) -> bool:

@@ -8,12 +8,14 @@ from torch import Tensor
 
 from esl_fast._eager import is_eager
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def floating(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}; expected a floating-point torch.Tensor")
-    if not x.is_floating_point():
-        raise TypeError(f"{name} has dtype {x.dtype}; expected a floating-point tensor")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} has dtype {x.dtype}; expected a floating-point tensor of 16, 32 or 64 bits")
 
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

@@ -55,7 +55,7 @@ def degrees(
     compute = torch.promote_types(w.dtype, torch.float32)
     w, gate, sharpness = (x.to(compute) for x in (w, temp_scale_1.reshape(()), temp_scale_2.reshape(())))
     degree = reference.contribution.degrees(
-        w, gate.sigmoid() if sigmoid_gate else gate, sharpness.exp() if sharp else torch.zeros_like(sharpness)
+        w, gate.sigmoid() if sigmoid_gate else gate, sharpness.exp() if sharp else 0 * sharpness
     )
     return degree / len(w) if mean else degree
 

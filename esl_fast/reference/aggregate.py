@@ -44,7 +44,7 @@ def select_top2(weight: Tensor) -> Tensor:
     """
     rows = l2norm(weight)
     threshold = rows.detach().topk(min(2, rows.shape[-1]), dim=-1).values[..., -1:]
-    return torch.where(rows >= threshold, rows, 0)
+    return torch.where(rows < threshold, 0, rows)  # NaN, which is not below, shows
 
 
 def aggregate(x: Tensor, weights: Sequence[Tensor], *, chain: str, normalize: bool = True) -> Tensor:

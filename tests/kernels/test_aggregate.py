@@ -144,6 +144,15 @@ def test_selection(dims, device):
         first_row, first_column, start = first_row + rows, first_column + columns, start + rows * columns
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_weight_that_is_not_finite_shows(bad, device):
+    weights = adaptive_weights([8, 4, 2], device, ties=False)
+    weights[1].data[0, 2] = bad
+    units = kernels.aggregate_adaptive(torch.randn(3, 8, device=device), weights, select(weights), "raw")
+    assert units[:, 12:].isnan().all()
+    assert units[:, :12].isfinite().all()
+
+
 @pytest.mark.parametrize("kind", ["transposed", "sliced", "expanded"])
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_strides(kind, adaptive, device):

@@ -181,6 +181,12 @@ def test_strides(device):
     lengths = word_lengths[1::2]
     expected = reference.region_word_similarity(*(t.double().cpu() for t in cut), lengths)
     assert relative_error(kernel.region_word_similarity(*cut, lengths).cpu(), expected) < 1e-6
+    region_lengths = torch.stack([torch.tensor([6, 2, 3]), torch.full((3,), 9)], 1)[:, 0]
+    for given in (region_lengths, torch.tensor([4]).expand(3)):
+        expected = reference.region_word_similarity(*(t.double().cpu() for t in cut), lengths, given)
+        scores = kernel.region_word_similarity(*cut, lengths, given.to(device))
+        assert relative_error(scores.cpu(), expected) < 1e-6
+    expected = reference.region_word_similarity(*(t.double().cpu() for t in cut), lengths)
     major = [t.movedim(-1, 0).contiguous().movedim(0, -1) for t in cut[:2]]
     assert relative_error(kernel.region_word_similarity(*major, cut[2], lengths).cpu(), expected) < 1e-6
 
