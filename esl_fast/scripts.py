@@ -61,6 +61,16 @@ def with_underscores(argv: Sequence[str], options: type) -> list[str]:
     ]
 
 
+def config_first(argv: Sequence[str]) -> list[str]:
+    """The same arguments with ``--config`` in front, so that all others override it, as its help says."""
+    files, rest, taken = [], [], ""
+    for arg in argv:
+        is_file = arg.partition("=")[0] == "--config" or taken == "--config"
+        (files if is_file else rest).append(arg)
+        taken = arg
+    return files + rest
+
+
 def _config_with_underscores(before: str, arg: str) -> str:
     """The same for the keys of a YAML file, where ``--config`` gives one that has hyphens in them."""
     option, _, path = arg.partition("=") if arg.startswith("--config=") else (before, "", arg)
@@ -91,7 +101,8 @@ def build_data(config: Any, only: str | None = None) -> DataSet:
         "features": config.features,
     }
     accepted = inspect.signature(LOADERS[config.dataset]).parameters
-    if config.data_root is None and "root" in accepted:
+    named = config.annotations is not None and "annotations" in accepted
+    if config.data_root is None and "root" in accepted and not named:
         raise ValueError(f"dataset {config.dataset!r} lies on disk: say where with --data-root")
     for option, value in options.items():
         if value is not None and option not in accepted:
@@ -99,5 +110,5 @@ def build_data(config: Any, only: str | None = None) -> DataSet:
     try:
         return load_dataset(config.dataset, **options, on_error=config.on_error, only=only)
     except DataError as error:
-        named = re.sub(rf"\b({'|'.join(ON_COMMAND_LINE)})=", lambda match: ON_COMMAND_LINE[match[1]], str(error))
-        raise DataError(named) from error
+        message = re.sub(rf"\b({'|'.join(ON_COMMAND_LINE)})=", lambda match: ON_COMMAND_LINE[match[1]], str(error))
+        raise DataError(message) from error

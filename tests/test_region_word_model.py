@@ -469,6 +469,17 @@ def test_bert_folder(tmp_path):
     bert, has_weights = sequence_towers.read_bert(str(tmp_path))
     assert (bert["config"], has_weights) == ({"hidden_size": 24}, False)
     assert sequence_towers.bert_special_tokens(bert) == (2, 3, 4)
+    official = {"config": {"vocab_size": 7}, "vocabulary": None}
+    sequence_towers.give_vocabulary(official, str(tmp_path))
+    assert official["vocabulary"] == bert["vocabulary"]
+    for other in ({"config": {"vocab_size": 6}, "vocabulary": None}, bert | {"vocabulary": bert["vocabulary"][::-1]}):
+        with pytest.raises(ValueError, match="whose vocabulary of 7 is not that of the checkpoint"):
+            sequence_towers.give_vocabulary(other, str(tmp_path))
+    with pytest.raises(ValueError, match=r"BERT's vocabulary lacks \[MASK\]"):
+        sequence_towers.bert_special_tokens({"vocabulary": ["[CLS]", "[SEP]", "a"]})
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is no JSON"):
+        sequence_towers.read_bert(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(ValueError, match="model_type is 'gpt2'"):
         sequence_towers.read_bert(str(tmp_path))
@@ -483,3 +494,7 @@ def test_real_bert(tmp_path):
     assert tokens[0, :5].tolist() == [2, 5, 6, 3, 0]
     assert model.encode_text(tokens).lengths.tolist() == [4, 6]
     assert model(torch.randn(3, 4, 6), tokens).shape == (3, 2)
+    model.freeze(text_layers=1)
+    trained = {name for name, p in model.text_tower.named_parameters() if p.requires_grad}
+    assert not any("embeddings" in name or "layer.0" in name for name in trained)
+    assert any("layer.1" in name for name in trained)

@@ -289,13 +289,13 @@ def test_the_official_recipe():
     assert (config.lr, config.head_lr, config.bert_lr, config.wd) == (5e-4, 5e-4, 5e-5, 1e-4)
     assert (config.batch_size, config.epochs, config.grad_clip) == (128, 30, 2.0)
     assert (config.schedule, config.decay_epoch, config.warmup) == ("step", 15, 0)
-    assert (config.loss, config.margin, config.hinge_epochs, config.size_augmentation) == ("hinge", 0.2, 1, 0.2)
+    assert (config.objective, config.margin, config.hinge_epochs, config.size_augmentation) == ("hinge", 0.2, 1, 0.2)
 
 
 def test_the_loss_follows_the_similarity():
-    assert TrainConfig().loss == "infonce"
-    assert TrainConfig(similarity="region-word-adaptive").loss == "hinge"
-    assert TrainConfig(similarity="region-word-adaptive", loss="infonce").loss == "infonce"
+    assert TrainConfig().objective == "infonce"
+    assert TrainConfig(similarity="region-word-adaptive").objective == "hinge"
+    assert TrainConfig(similarity="region-word-adaptive", loss="infonce").objective == "infonce"
 
 
 def test_the_learning_rate_falls_in_a_step():

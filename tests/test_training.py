@@ -9,10 +9,14 @@ import subprocess
 import sys
 import time
 import types
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
+import safetensors.torch
 import torch
 import yaml
 from PIL import Image
@@ -402,15 +406,110 @@ def test_early_stopping_and_the_same_run_again(features_root, tmp_path, capsys):
     assert "holds a run already" in capsys.readouterr().err
 
 
+@contextmanager
+def held_by_another(run):
+    fcntl = pytest.importorskip("fcntl")
+    descriptor = os.open(run, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    yield
+    os.close(descriptor)
+
+
 def test_one_process_at_a_time_trains_a_run(features_root, tmp_path, capsys):
     argv = options(features_root, tmp_path, "--epochs=1")
-    assert main(argv) == 0
-    log = RunLog(tmp_path / "run", 100)
-    capsys.readouterr()
-    assert main([f"--resume={tmp_path / 'run'}", "--epochs=2"]) == 2
+    (tmp_path / "run").mkdir()
+    with held_by_another(tmp_path / "run"):  # before it has written anything
+        assert main(argv) == 2
     assert "is being trained by another process" in capsys.readouterr().err
-    log.close()
+    assert main(argv) == 0
+    with held_by_another(tmp_path / "run"):
+        assert main([f"--resume={tmp_path / 'run'}", "--epochs=2"]) == 2
+    assert "is being trained by another process" in capsys.readouterr().err
     assert main([f"--resume={tmp_path / 'run'}", "--epochs=2"]) == 0
+
+
+def test_a_run_is_trained_by_one_process(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([f"--logs={tmp_path}"]) == 2
+    assert "2 processes were started; a run is trained by one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--dataset=features", "--model=ViT-H-14", "--margin=0.3"], {"model", "margin"}),
+        (["--similarity=cosine", "--num-levels=3", "--head-lr=1"], {"num_levels", "head_lr"}),
+        (["--decay-epoch=3", "--freeze-image=true", "--freeze-image-layers=1"], {"decay_epoch", "freeze_image_layers"}),
+        (["--dataset=regions", "--similarity=region-word-heuristic", "--margin=0.9"], {"margin"}),
+        (["--similarity=esl-adaptive", "--num-levels=3", "--loss=hinge", "--margin=0.3", "--schedule=step"], set()),
+    ],
+)
+def test_options_without_effect_are_named(argv, named):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        parse(argv)
+    told = {str(warning.message).partition(" has no effect")[0] for warning in caught}
+    assert told == named
+
+
+def test_the_command_line_overrides_a_file_wherever_it_stands(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("batch_size: 32\n")
+    for config in ([f"--config={file}"], ["--config", str(file)]):
+        assert parse(["--batch-size=64", *config]).batch_size == 64
+
+
+def test_a_run_may_be_repeated_with_another_similarity(features_root, tmp_path, capsys):
+    """From the file that it left, whose name and choices by itself are none."""
+    assert main(options(features_root, tmp_path, "--epochs=1")) == 0
+    file = f"--config={tmp_path / 'run' / 'train.yaml'}"
+    config = parse([file, "--similarity=region-word-heuristic"])
+    assert (config.name, config.objective) == (None, "hinge")
+    assert main([file, "--similarity=cosine"]) == 0
+    (again,) = (path for path in tmp_path.iterdir() if path.name.startswith("features-cosine-24-"))
+    result = json.loads((again / "results.json").read_text())
+    assert (result["similarity"], result["dataset"], result["seed"]) == ("cosine", "features", 24)
+    with (tmp_path / "run" / "train.yaml").open("a") as yaml_file:
+        yaml_file.write("learning_rate: 3\n")
+    capsys.readouterr()
+    assert main([f"--resume={tmp_path / 'run'}"]) == 2
+    assert "train.yaml has an option that is none: learning_rate" in capsys.readouterr().err
+
+
+def test_nothing_to_train_is_refused(features_root, tmp_path, capsys):
+    argv = options(features_root, tmp_path, "--similarity=cosine", "--freeze-image=true", "--freeze-text=true")
+    assert main(argv) == 2
+    assert "nothing to train" in capsys.readouterr().err
+
+
+def test_both_files_of_features_may_be_named(features_root, tmp_path):
+    argv = [arg for arg in options(features_root, tmp_path, "--epochs=1") if not arg.startswith("--data-root")]
+    files = [f"--annotations={features_root / 'dataset_tiny.json'}", f"--features={features_root}/image_features.npy"]
+    assert main([*argv, *files]) == 0
+
+
+def test_zero_shot_evaluation(pictures_root, tmp_path, capsys):
+    tiny = pictures_root / "tiny.json"
+    weights = tmp_path / "clip.safetensors"
+    clip = open_clip.CustomTextCLIP(**json.loads(tiny.read_text()))
+    safetensors.torch.save_model(clip, weights)
+    output = f"--output={tmp_path / 'zero.json'}"
+    argv = ["--dataset=karpathy", f"--data-root={pictures_root}", output, f"--model={tiny}"]
+    assert evaluate_main([*argv, f"--pretrained={weights}"]) == 0
+    metrics = json.loads((tmp_path / "zero.json").read_text())["metrics"]
+    data = [f"--data-root={pictures_root}", f"--logs={tmp_path}", f"--model={tiny}", f"--pretrained={weights}"]
+    more = ["--similarity=cosine", "--lr=0", "--wd=0", "--epochs=1", "--batch-size=100", "--workers=0", "--name=still"]
+    assert main(["--dataset=karpathy", *data, *more]) == 0
+    still = json.loads((tmp_path / "still" / "results.json").read_text())["metrics"]
+    assert metrics["rsum"] == pytest.approx(still["rsum"], abs=2)  # but for the temperature, the same
+    capsys.readouterr()
+    for wrong, message in (
+        (argv, "--model and --pretrained go together"),
+        (argv[:-1], "what should be evaluated"),
+        ([*argv, f"--pretrained={weights}", "--checkpoint=x"], "what should be evaluated"),
+    ):
+        assert evaluate_main(wrong) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_run_is_resumed_from_anywhere(features_root, tmp_path, monkeypatch, capsys):
@@ -461,10 +560,6 @@ def test_a_run_that_ended_before_its_first_checkpoint_leaves_its_name(features_r
     assert "holds metrics.jsonl: choose another" in capsys.readouterr().err
     (tmp_path / "kept" / "best").mkdir(parents=True)
     (tmp_path / "written").mkdir()
-    log = RunLog(tmp_path / "written")
-    assert main([*argv, "--name=written"]) == 2
-    assert "holds metrics.jsonl: choose another" in capsys.readouterr().err
-    log.close()
     for line in ('{"epoch": 1}', "[1, 2]", "loss 0.3"):
         (tmp_path / "written" / "metrics.jsonl").write_text(line)
         assert main([*argv, "--name=written"]) == 2

@@ -13,11 +13,11 @@ import yaml
 
 from esl_fast.evaluation.protocol import evaluate
 from esl_fast.evaluation.report import table
-from esl_fast.model import MatchingModel, load_checkpoint
+from esl_fast.model import MatchingModel, ModelConfig, load_checkpoint
 from esl_fast.model.checkpoint import checkpoint_at
-from esl_fast.model.sequence_towers import read_bert
-from esl_fast.model.towers import pick_device
-from esl_fast.scripts import build_data, check_least, reporting_errors, with_underscores
+from esl_fast.model.sequence_towers import give_vocabulary
+from esl_fast.model.towers import open_clip_config, pick_device
+from esl_fast.scripts import build_data, check_least, config_first, reporting_errors, with_underscores
 
 
 @dataclass
@@ -26,6 +26,8 @@ class EvaluateConfig:
 
     Args:
         checkpoint: A folder saved by training, or an official .pth file; several make an ensemble.
+        model: In place of a checkpoint: an open_clip architecture, scored by its cosine (zero-shot).
+        pretrained: Its open_clip tag, or a local weights file.
         dataset: synthetic, flickr30k, coco, karpathy (any Karpathy file with an image folder), features or regions.
         data_root: Folder of the data set.
         image_root: Folder of the images, where it is not the usual one under data_root.
@@ -47,7 +49,9 @@ class EvaluateConfig:
         save_similarity: .npy file for the similarity matrix, images x captions.
     """
 
-    checkpoint: list[str]
+    checkpoint: list[str] | None = None
+    model: str | None = None
+    pretrained: str | None = None
     dataset: Literal["synthetic", "flickr30k", "coco", "karpathy", "features", "regions"] = "synthetic"
     data_root: str | None = None
     image_root: str | None = None
@@ -68,6 +72,10 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_least(self, {"batch_size": 1, "workers": 0, "rerank": 1})
+        if bool(self.checkpoint) == (self.model is not None):
+            raise ValueError("what should be evaluated? Give either --checkpoint or --model with --pretrained")
+        if (self.model is None) != (self.pretrained is None):
+            raise ValueError("--model and --pretrained go together: an architecture and its weights")
 
 
 def parse(argv: Sequence[str]) -> EvaluateConfig:
@@ -76,7 +84,8 @@ def parse(argv: Sequence[str]) -> EvaluateConfig:
     parser = ArgumentParser(prog="train/evaluate.py", description=EvaluateConfig.__doc__.splitlines()[0])
     parser.add_argument("--config", action="config", help="YAML file of options; the command line overrides it.")
     parser.add_class_arguments(EvaluateConfig, as_group=False)
-    options = parser.parse_args(collect_checkpoints(with_underscores(argv, EvaluateConfig))).as_dict()
+    argv = collect_checkpoints(config_first(with_underscores(argv, EvaluateConfig)))
+    options = parser.parse_args(argv).as_dict()
     options.pop("config", None)
     return EvaluateConfig(**options)
 
@@ -117,10 +126,12 @@ def run(config: EvaluateConfig) -> int:
     device = pick_device(config.device)
     if config.shortlist is not None and config.rerank is None:
         raise ValueError("--shortlist is given without --rerank: how many candidates should it find?")
+    if config.output is not None and config.output == config.save_similarity:
+        raise ValueError(f"--output and --save-similarity are both {config.output}")
     for name, path in (("output", config.output), ("save-similarity", config.save_similarity)):
         if path is not None:
             check_writable(f"--{name}", Path(path))
-    for path in (*config.checkpoint, config.shortlist):
+    for path in (*(config.checkpoint or ()), config.shortlist):
         if path is not None:
             checkpoint_at(path)
     data = build_data(config, config.split)
@@ -128,15 +139,21 @@ def run(config: EvaluateConfig) -> int:
     def load(path: str) -> MatchingModel:
         model = load_checkpoint(path)
         if config.bert is not None and model.config.text_tower == "bert":
-            model.config.bert["vocabulary"] = read_bert(config.bert)[0]["vocabulary"]
+            give_vocabulary(model.config.bert, config.bert)
         try:
             model.check_fits(data.image_kind, data.feature_dim)
         except ValueError as error:
             raise ValueError(f"{path} does not fit --dataset {config.dataset}: {error}") from error
         return model.to(device)
 
+    def zero_shot() -> MatchingModel:
+        clip = open_clip_config(config.model, config.pretrained)
+        model = MatchingModel(ModelConfig("cosine", clip=clip), name=config.model, pretrained=config.pretrained)
+        model.check_fits(data.image_kind, data.feature_dim)
+        return model.eval().to(device)
+
     result = evaluate(
-        [partial(load, path) for path in config.checkpoint],
+        [zero_shot] if config.model is not None else [partial(load, path) for path in config.checkpoint],
         getattr(data, config.split),
         five_folds=config.five_folds,
         batch_size=config.batch_size,
@@ -148,6 +165,8 @@ def run(config: EvaluateConfig) -> int:
     )
     result |= {
         "checkpoints": config.checkpoint,
+        "model": config.model,
+        "pretrained": config.pretrained,
         "dataset": config.dataset,
         "split": config.split,
         "skipped": data.skipped,

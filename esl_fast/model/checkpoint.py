@@ -130,7 +130,7 @@ def _reason(path: str | Path, error: Exception) -> str:
     if foreign:
         return f"it would run {', '.join(sorted(foreign))}; only tensors and plain data are read"
     # Without PyTorch's advice to read it with less care.
-    first_line = str(error).partition("\n")[0].partition(" Re-running")[0]
+    first_line = str(error).partition("\n")[0].partition(" Re-running")[0].partition(" In PyTorch 2.6")[0]
     return f"not a readable PyTorch checkpoint ({type(error).__name__}: {first_line})"
 
 

@@ -159,13 +159,24 @@ def read_bert(folder: str) -> tuple[dict[str, Any], bool]:
     for name in ("config.json", "vocab.txt"):
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path} is no folder of a BERT model: it has no {name}")
-    config = json.loads((path / "config.json").read_text())
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{path / 'config.json'} is no JSON: {error}") from error
     if config.get("model_type", "bert") != "bert":
         raise ValueError(f"{path / 'config.json'}: model_type is {config['model_type']!r}; expected 'bert'")
     sizes = {key: config[key] for key in BERT_SIZES if key in config}
     vocabulary = (path / "vocab.txt").read_text(encoding="utf-8").split("\n")
     has_weights = any((path / name).is_file() for name in ("model.safetensors", "pytorch_model.bin"))
     return {"config": sizes, "vocabulary": [word for word in vocabulary if word]}, has_weights
+
+
+def give_vocabulary(bert: dict[str, Any], folder: str) -> None:
+    """Add the vocabulary in a folder to a BERT without one. Raises ValueError if it is not this BERT's."""
+    given, known = read_bert(folder)[0]["vocabulary"], bert["config"].get("vocab_size")
+    if bert.get("vocabulary") not in (None, given) or (known is not None and len(given) > known):
+        raise ValueError(f"bert is {folder}, whose vocabulary of {len(given)} is not that of the checkpoint")
+    bert["vocabulary"] = given
 
 
 # What a BERT is built from again; everything else is the library's default.
@@ -207,6 +218,9 @@ def bert_special_tokens(bert: dict[str, Any]) -> SpecialTokens:
     """[CLS], [SEP] and [MASK]; bert-base-uncased's where the configuration holds no vocabulary."""
     if bert.get("vocabulary") is None:
         return SpecialTokens(101, 102, 103)
+    missing = {"[CLS]", "[SEP]", "[MASK]"} - set(bert["vocabulary"])
+    if missing:
+        raise ValueError(f"BERT's vocabulary lacks {', '.join(sorted(missing))}")
     return SpecialTokens(*(bert["vocabulary"].index(token) for token in ("[CLS]", "[SEP]", "[MASK]")))
 
 

@@ -223,7 +223,8 @@ def blocks_of(tower: nn.Module) -> list[nn.Module]:
     stages = [getattr(tower, f"layer{i}", None) for i in (1, 2, 3, 4)]
     if all(stage is not None for stage in stages):
         return stages
-    lists = [m for m in tower.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) > 1]
+    lists = [m for m in tower.modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
+    lists = [m for m in lists if len(m) > 1] or [m for m in lists if len(m) == 1]
     return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))) if lists else []
 
 
@@ -251,7 +252,8 @@ def freeze(tower: nn.Module, layers: int | None = None) -> None:
 # What each kind of open_clip tower applies before its first layer.
 STEM = (
     "conv1", "conv2", "conv3", "bn1", "bn2", "bn3", "class_embedding", "positional_embedding", "ln_pre",
-    "token_embedding", "trunk.patch_embed", "trunk.cls_token", "trunk.pos_embed", "trunk.stem",
+    "token_embedding", "trunk.patch_embed", "trunk.cls_token", "trunk.pos_embed", "trunk.norm_pre", "trunk.stem",
+    "bert.embeddings",
 )  # fmt: skip
 
 

@@ -44,6 +44,8 @@ def build_model(config: TrainConfig, data: DataSet, resume: Path | None = None) 
         image_layers=config.freeze_image_layers,
         text_layers=config.freeze_text_layers,
     )
+    if not any(p.requires_grad for name, p in model.named_parameters() if name != "logit_scale"):
+        raise ValueError(f"there is nothing to train: both towers are frozen, and {config.similarity} has no weights")
     return model
 
 
@@ -96,7 +98,7 @@ def _loaded(config: TrainConfig, data: DataSet, checkpoint: str | Path, fixed: S
     if None not in (config.model, own.clip) and not towers.agree(towers.open_clip_config(config.model), own.clip):
         raise ValueError(f"model is {config.model!r}; the towers of {checkpoint} have other sizes")
     if own.bert is not None and config.bert is not None:
-        own.bert["vocabulary"] = sequence_towers.read_bert(config.bert)[0]["vocabulary"]
+        sequence_towers.give_vocabulary(own.bert, config.bert)
     head = {name: getattr(config, name) for name in OF_HEAD}
     if head != {name: getattr(own, name) for name in OF_HEAD}:
         model = _with_head(model, head, checkpoint)

@@ -1,8 +1,9 @@
 """Everything a training run can be told, from the command line, a YAML file or a recipe."""
 
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from esl_fast.data.regions import CAPTIONS_PER_IMAGE
 from esl_fast.files import replace_text
 from esl_fast.model.checkpoint import load_checkpoint
 from esl_fast.model.heads import REGION_WORD_SIMILARITIES, SIMILARITIES
-from esl_fast.scripts import check_least, with_underscores
+from esl_fast.scripts import check_least, config_first, with_underscores
 
 RECIPES = Path(__file__).with_name("recipes")
 # Data sets without a recipe of their own follow the official one.
@@ -149,8 +150,6 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.pretrained in ("", "none", "None"):
             self.pretrained = None
-        if self.loss == "auto":
-            self.loss = "hinge" if self.similarity in REGION_WORD_SIMILARITIES else "infonce"
         check_least(self, {
             "epochs": 1, "batch_size": 2, "accum_freq": 1, "evals_per_epoch": 1, "patience": 0, "workers": 0,
             "eval_batch_size": 1, "log_every": 1, "lr": 0, "head_lr": 0, "wd": 0, "grad_clip": 0, "warmup": 0,
@@ -172,12 +171,19 @@ class TrainConfig:
         if self.accum_freq > self.batch_size:
             raise ValueError(f"accum_freq is {self.accum_freq}; a batch of {self.batch_size} has no so many parts")
 
+    @property
+    def objective(self) -> str:
+        """The loss that ``auto`` means."""
+        if self.loss != "auto":
+            return self.loss
+        return "hinge" if self.similarity in REGION_WORD_SIMILARITIES else "infonce"
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def save(self, run: Path) -> None:
         """As a file for ``--config``, which starts another run like this one, from any folder."""
-        options = self.to_dict() | {"resume": None}
+        options = self.to_dict() | {"resume": None, "name": None}
         for name in PATHS:
             value = options[name]
             if value and (os.path.isfile(value) or (os.path.isdir(value) and name not in PATHS[-2:])):
@@ -189,7 +195,11 @@ def _options_of(run: Path) -> dict[str, Any]:
     path = run / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"cannot resume {run}: its options are gone, {path} is not there")
-    return load_yaml(path)
+    options = load_yaml(path)
+    unknown = options.keys() - {field.name for field in fields(TrainConfig)}
+    if unknown:
+        raise ValueError(f"{path} has an option that is none: {', '.join(sorted(unknown))}")
+    return options
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -240,7 +250,7 @@ def parse(argv: Sequence[str]) -> TrainConfig:
 
     from esl_fast.training.runs import find_run
 
-    argv = with_underscores(argv, TrainConfig)
+    argv = config_first(with_underscores(argv, TrainConfig))
 
     def parser(**kwargs: Any) -> ArgumentParser:
         parser = ArgumentParser(prog="train/run.py", description=TrainConfig.__doc__.splitlines()[0], **kwargs)
@@ -266,4 +276,26 @@ def parse(argv: Sequence[str]) -> TrainConfig:
     options.pop("config", None)
     if options["text_tower"] == "open_clip" and "embed_dim" not in given:
         options["embed_dim"] = None  # a recipe's is for towers that do not set it
-    return TrainConfig(**options | {"resume": run and str(run)})
+    config = TrainConfig(**options | {"resume": run and str(run)})
+    for name, reason in without_effect(config):
+        if name in given and getattr(config, name) != getattr(TrainConfig, name):
+            warnings.warn(f"{name} has no effect: {reason}", stacklevel=2)
+    return config
+
+
+def without_effect(config: TrainConfig) -> Iterator[tuple[str, str]]:
+    """Options that this configuration does not use, and why."""
+    no_clip = config.dataset in ("features", "regions") and config.text_tower != "open_clip"
+    for names, unused, reason in (
+        (("model", "pretrained"), no_clip, "no tower is open_clip's"),
+        (("margin", "hinge_epochs"), config.objective != "hinge", f"the loss is {config.objective}"),
+        (("kernel_size", "num_levels", "head_lr"), config.similarity == "cosine", "cosine has no weights"),
+        (("bert_lr",), config.text_tower != "bert" or config.freeze_text, "no BERT is trained"),
+        (("decay_epoch",), config.schedule != "step", f"the schedule is {config.schedule}"),
+        (("freeze_image_layers",), config.freeze_image, "the whole tower is frozen"),
+        (("freeze_text_layers",), config.freeze_text, "the whole tower is frozen"),
+        (("on_error",), config.dataset == "synthetic", "every record is drawn"),
+        (("recipe",), config.resume is not None, "the run has its options"),
+    ):
+        if unused:
+            yield from ((name, reason) for name in names)

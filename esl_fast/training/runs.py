@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from esl_fast.files import existing, replace_text
 from esl_fast.training.config import CONFIG_FILE
@@ -40,11 +40,13 @@ def find_run(resume: str, logs: str) -> Path:
 def create_run(logs: str, name: str) -> Path:
     """A new, writable folder for a run, or that of one that failed before it began.
 
-    Raises FileExistsError or OSError with what to do about it.
+    This process holds it from now on; :func:`discard_run`, or the end of its :class:`RunLog`, lets it go. Raises
+    FileExistsError or OSError with what to do about it.
     """
     run = Path(logs) / name
     try:
         run.mkdir(parents=True, exist_ok=True)
+        hold(run)
         if existing(run / LAST).exists():
             raise FileExistsError(
                 f"{run} holds a run already: choose another --name, or continue it with --resume {run}"
@@ -53,16 +55,20 @@ def create_run(logs: str, name: str) -> Path:
         if kept:
             raise FileExistsError(f"{run} holds {kept[0]}: choose another --name")
         (run / METRICS).touch()
-    except FileExistsError:
+    except BlockingIOError:
         raise
     except OSError as error:
+        let_go(run)
+        if isinstance(error, FileExistsError) and error.errno is None:
+            raise
         reason = error.strerror or error
         raise OSError(f"cannot write into {run}: {reason}; choose another folder with --logs") from error
     return run
 
 
 def discard_run(run: Path) -> None:
-    """Remove what :func:`create_run` made, if nothing has come in since."""
+    """Let go what :func:`create_run` made, and remove it if nothing has come in since."""
+    let_go(run)
     with suppress(OSError):
         if [path.name for path in run.iterdir()] == [METRICS] and not (run / METRICS).stat().st_size:
             (run / METRICS).unlink()
@@ -70,32 +76,45 @@ def discard_run(run: Path) -> None:
 
 
 def _left_over(path: Path) -> bool:
-    """Whether a run that ended before its first checkpoint may have left this, and none writes there now."""
+    """Whether a run that ended before its first checkpoint may have left this."""
     if path.name != METRICS:
         return path.name in LEFTOVERS or path.name.startswith(UNFINISHED)
     try:
         entries = [json.loads(line) for line in path.read_text().splitlines()]
-        return all(entry["step"] == 0 for entry in entries) and not _is_locked(path)
+        return all(entry["step"] == 0 for entry in entries)
     except (ValueError, TypeError, KeyError):
         return False  # not a run's
 
 
-def _lock(file: IO) -> bool:
-    """Whether this process is now the one that writes a file; True where that cannot be said."""
+_held: dict[Path, int] = {}  # runs of this process, and the descriptors whose locks say so
+
+
+def hold(run: Path) -> None:
+    """Make this process the one that writes a run. Raises BlockingIOError if there is another one."""
+    run = run.resolve()
+    if run in _held:
+        return
     try:
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError):  # another system, another file system
+        descriptor = os.open(run, os.O_RDONLY)
+    except (ImportError, PermissionError):  # another system
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        reason = f"{run} is being trained by another process; wait for its end, stop it, or choose another --name"
+        raise BlockingIOError(reason) from error
+    except OSError:  # a file system without locks
         pass
-    return True
+    _held[run] = descriptor
 
 
-def _is_locked(path: Path) -> bool:
-    with path.open() as file:
-        return not _lock(file)
+def let_go(run: Path) -> None:
+    descriptor = _held.pop(run.resolve(), None)
+    if descriptor is not None:
+        os.close(descriptor)
 
 
 class RunLog:
@@ -104,17 +123,14 @@ class RunLog:
     def __init__(self, run: Path, resumed_step: int | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path = run / METRICS
+        self.run, self.path = run, run / METRICS
+        hold(run)
         if resumed_step is None:
             shutil.rmtree(run / BOARD, ignore_errors=True)  # of one that failed before it began
             kept = []
         else:
-            if self.path.exists() and _is_locked(self.path):
-                raise OSError(f"{run} is being trained by another process; wait for its end, or stop it")
             kept = [entry for entry in read_metrics(run) if entry["step"] <= resumed_step]
         replace_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
-        self._locked = self.path.open()
-        _lock(self._locked)
         self._board = SummaryWriter(run / BOARD, purge_step=resumed_step and resumed_step + 1)
         self._failed: set[str] = set()
 
@@ -128,7 +144,7 @@ class RunLog:
                     self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
-        self._locked.close()
+        let_go(self.run)
         with self._forgiving("TensorBoard's scalars"):
             self._board.close()
 

@@ -235,7 +235,7 @@ class Trainer:
 
     def _loss(self, image_features: Features, text_features: Features, image_index: Tensor) -> Tensor:
         scores = self.model.head.scores(image_features, text_features)
-        if self.config.loss == "hinge":
+        if self.config.objective == "hinge":
             ids = None if self.config.same_image == "negative" else image_index
             hardest = self.step >= self.config.hinge_epochs * self.steps_per_epoch
             return scores.hinge_loss(ids, margin=self.config.margin, hardest=hardest)
