@@ -64,6 +64,14 @@ def test_the_drop_in_is_the_head():
     assert esl_fast.similarity(images, texts, head).requires_grad
 
 
+def test_the_bounds_of_all_levels_left_out_count():
+    head = sparse_head("heuristic")
+    first, second, *_ = sorted(head.contribution.bounds().tolist())
+    narrowed = head.narrowed(second + first / 2)  # either of them, not both
+    assert narrowed.bound == pytest.approx(first)
+    assert len(narrowed.levels) == 4
+
+
 def test_heads_with_units_of_their_own_are_refused():
     class Doubled(esl_fast.ESLHead):
         def image_units(self, x):

@@ -311,6 +311,15 @@ def test_degrees():
     torch.testing.assert_close(ops.degrees(w, gate, log_sharpness, sharp=False), w)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_degrees_of_half_precision(dtype):
+    """The exponential would make much of a rounded exponent."""
+    given = [x.to(dtype) for x in (torch.tensor([0.3, -0.7, 0.1, 0.5]), torch.tensor(-1.0), torch.tensor(4.0))]
+    found, expected = ops.degrees(*given), ops.degrees(*(x.double() for x in given))
+    assert found.dtype == torch.float32
+    assert relative_error(found, expected) < 1e-5
+
+
 @pytest.mark.parametrize("w", [[0.3, -0.7, 0.1, 0.5], [-0.2], [0.9, 0.4]])
 def test_degrees_gradients_through_the_extremes(w):
     inputs = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (w, 0.4, 2.0)]
@@ -445,6 +454,33 @@ def test_ranks_and_search_in_the_finer_dtype(finer):
     assert indices.tolist() == [[1, 0]]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_compared_in_float32(dtype):
+    """Scores rounded to half a precision would tie in crowds."""
+    images, texts = torch.randn(40, 64).to(dtype), torch.randn(200, 64).to(dtype)
+    owners = torch.arange(40).repeat_interleave(5)
+    for op in (lambda a, b: esl_fast.retrieval_ranks(a, b, owners), lambda a, b: esl_fast.topk(a, b, 9)):
+        assert all(map(torch.equal, op(images, texts), op(images.float(), texts.float())))
+
+
+@pytest.mark.parametrize("elements", [1, 60, 1 << 24])
+@pytest.mark.parametrize(("queries", "gallery", "k"), [(1, 1, 1), (7, 41, 5), (3, 20, 20), (7, 41, 100), (0, 5, 2)])
+def test_topk_block_by_block(monkeypatch, elements, queries, gallery, k):
+    """Of scores that often tie, within blocks and across them."""
+    monkeypatch.setattr(blocked.topk, "BLOCK_ELEMENTS", elements)
+    a, b = torch.randint(-2, 3, (queries, 3)).float(), torch.randint(-2, 3, (gallery, 3)).float()
+    found, expected = esl_fast.topk(a, b, k), reference.topk.topk(a @ b.mT, min(k, gallery))
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("elements", [1, 1 << 24])
+def test_topk_of_what_is_not_finite(monkeypatch, elements):
+    monkeypatch.setattr(blocked.topk, "BLOCK_ELEMENTS", elements)
+    scores = torch.tensor([torch.nan, -1, -torch.inf, torch.inf, -0.0, 0.0, -1])
+    found, expected = esl_fast.topk(torch.ones(1, 1), scores[:, None], 7), reference.topk.topk(scores[None], 7)
+    assert all(map(torch.equal, found, expected))
+
+
 def test_ranks_compiled_for_any_size():
     compiled = torch.compile(esl_fast.retrieval_ranks, backend="eager", dynamic=True)
     for n in (5, 7):
@@ -519,6 +555,34 @@ def test_ranks_refuse_non_finite_scores(side, value):
     units[side][2, 1] = value
     with pytest.raises(ValueError, match=f"{side} .* 1 of 3 rows: 2"):
         esl_fast.retrieval_ranks(**units, owners=torch.arange(3))
+
+
+# What is made of weights
+
+
+def test_what_is_made_of_weights_is_made_again_when_they_change():
+    cache, weights, made = ops.WeightsCache(), [torch.ones(3), torch.ones(2)], []
+
+    def get(kind="sum", weights=weights):
+        return cache.get(kind, weights, lambda given: made.append(kind) or sum(w.sum().item() for w in given))
+
+    assert (get(), get(), len(made)) == (5, 5, 1)
+    assert (get("other"), get(), len(made)) == (5, 5, 2)
+    weights[0].add_(1)
+    assert (get(), get(), len(made)) == (8, 8, 3)
+    weights[0].data.add_(1)  # which raises no version
+    assert (get(), get(), len(made)) == (11, 11, 4)
+    assert get(weights=[torch.ones(3), weights[1]]) == 5
+    assert get() == 11
+    kept = len(made)
+    cache.drop({id(weights[1])})
+    assert (get(), len(made)) == (11, kept + 1)
+    assert (copy.deepcopy(cache).get("sum", weights, lambda _: 0), get()) == (0, 11)
+    with torch.inference_mode():
+        unwatched = [torch.ones(3)]
+        assert [cache.get("new", unwatched, lambda _: 1, lambda _: 2) for _ in range(2)] == [2, 2]
+    cache.clear()
+    assert (get(), len(made)) == (11, kept + 2)
 
 
 # Choice of implementation
@@ -652,6 +716,7 @@ def test_topk_compiled():
     assert all(map(torch.equal, found, ops.topk(queries, gallery, 9)))
 
 
+IGNORING = {"same_owner": "ignore"}
 CONTRASTIVE = {
     "diagonal": (23, 23, None, "positive"),
     "one pair": (1, 1, None, "positive"),
@@ -694,6 +759,12 @@ def test_contrastive_loss(monkeypatch, case, elements, dtype, tolerance):
         ({"image_ids": torch.arange(2), "text_ids": torch.arange(3)}, ValueError, "image_ids has shape"),
         ({"image_ids": torch.ones(3).bool(), "text_ids": torch.arange(3)}, ValueError, "dtype torch.bool"),
         ({"image_ids": torch.ones(3) * 1j, "text_ids": torch.arange(3)}, ValueError, "dtype torch.complex64"),
+        ({"image_units": torch.ones(2, 4)}, ValueError, "2 images and 3 texts have no diagonal"),
+        (
+            {"image_units": torch.ones(2, 4), "image_ids": torch.arange(2), "text_ids": torch.arange(3)} | IGNORING,
+            ValueError,
+            "2 images and 3 texts have no diagonal",
+        ),
         ({"logit_scale": torch.ones(2)}, ValueError, "logit_scale has shape"),
         ({"logit_scale": torch.ones(()) * 1j}, ValueError, "dtype torch.complex64; expected one real value"),
         ({"logit_scale": "x"}, TypeError, "logit_scale is 'x'; expected a number"),

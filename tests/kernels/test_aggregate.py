@@ -174,6 +174,19 @@ def test_strides(kind, adaptive, device):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_strides_of_weights(adaptive, device):
+    x = torch.randn(5, 12, device=device)
+    if adaptive:
+        weights = [w.detach().mT.contiguous().mT for w in adaptive_weights([12, 6, 3], device)]
+        dense = [w.contiguous() for w in weights]
+        found, wanted = (kernels.aggregate_adaptive(x, w, select(w), "raw") for w in (weights, dense))
+    else:
+        taps = torch.randn(2, 2, device=device).T
+        found, wanted = (kernels.aggregate_heuristic(x, given, "raw") for given in (taps, taps.contiguous()))
+    assert torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETING else [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("chain", CHAINS)
 @pytest.mark.parametrize("adaptive", [False, True])
