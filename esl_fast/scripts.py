@@ -16,6 +16,7 @@ import yaml
 
 from esl_fast.data import LOADERS, DataError, DataSet, load_dataset
 
+OPTIONS_FILE = "train.yaml"  # of a run
 # Arguments that the loaders' messages name -> what a user types.
 ON_COMMAND_LINE = {
     "image_root": "--image-root", "root": "--data-root", "annotations": "--annotations", "features": "--features",

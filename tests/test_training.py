@@ -488,6 +488,18 @@ def test_both_files_of_features_may_be_named(features_root, tmp_path):
     assert main([*argv, *files]) == 0
 
 
+def test_evaluation_knows_what_a_run_was_trained_on(features_root, tmp_path, capsys):
+    assert main(options(features_root, tmp_path, "--epochs=1")) == 0
+    best, output = tmp_path / "run" / "best", tmp_path / "metrics.json"
+    assert evaluate_main([f"--checkpoint={best}", f"--output={output}"]) == 0
+    result = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert json.loads(output.read_text())["metrics"] == result["metrics"]
+    shutil.move(best, tmp_path / "alone")
+    capsys.readouterr()
+    assert evaluate_main([f"--checkpoint={tmp_path / 'alone'}"]) == 2
+    assert "name it with --dataset" in capsys.readouterr().err
+
+
 def test_zero_shot_evaluation(pictures_root, tmp_path, capsys):
     tiny = pictures_root / "tiny.json"
     weights = tmp_path / "clip.safetensors"

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,7 @@ from esl_fast.model import MatchingModel, ModelConfig, load_checkpoint
 from esl_fast.model.checkpoint import checkpoint_at
 from esl_fast.model.sequence_towers import give_vocabulary
 from esl_fast.model.towers import open_clip_config, pick_device
-from esl_fast.scripts import build_data, check_least, config_first, reporting_errors, with_underscores
+from esl_fast.scripts import OPTIONS_FILE, build_data, check_least, config_first, reporting_errors, with_underscores
 
 
 @dataclass
@@ -28,7 +28,8 @@ class EvaluateConfig:
         checkpoint: A folder saved by training, or an official .pth file; several make an ensemble.
         model: In place of a checkpoint: an open_clip architecture, scored by its cosine (zero-shot).
         pretrained: Its open_clip tag, or a local weights file.
-        dataset: synthetic, flickr30k, coco, karpathy (any Karpathy file with an image folder), features or regions.
+        dataset: synthetic, flickr30k, coco, karpathy (any Karpathy file with an image folder), features or regions; by
+            default that of the run of the first checkpoint, as it lay then.
         data_root: Folder of the data set.
         image_root: Folder of the images, where it is not the usual one under data_root.
         annotations: Annotation file, where it is not the usual one under data_root.
@@ -52,7 +53,7 @@ class EvaluateConfig:
     checkpoint: list[str] | None = None
     model: str | None = None
     pretrained: str | None = None
-    dataset: Literal["synthetic", "flickr30k", "coco", "karpathy", "features", "regions"] = "synthetic"
+    dataset: Literal["synthetic", "flickr30k", "coco", "karpathy", "features", "regions"] | None = None
     data_root: str | None = None
     image_root: str | None = None
     annotations: str | None = None
@@ -134,6 +135,8 @@ def run(config: EvaluateConfig) -> int:
     for path in (*(config.checkpoint or ()), config.shortlist):
         if path is not None:
             checkpoint_at(path)
+    if config.dataset is None:
+        config = replace(config, **_data_of_run(config))
     data = build_data(config, config.split)
 
     def load(path: str) -> MatchingModel:
@@ -180,6 +183,16 @@ def run(config: EvaluateConfig) -> int:
     if config.output is not None:
         Path(config.output).write_text(json.dumps(result, indent=2) + "\n")
     return 0
+
+
+def _data_of_run(config: EvaluateConfig) -> dict[str, str]:
+    """Options of the data set that the run of the first checkpoint was trained on."""
+    options = checkpoint_at(config.checkpoint[0]).parent / OPTIONS_FILE if config.checkpoint else None
+    if options is None or not options.is_file():
+        raise ValueError("no run says which data set: name it with --dataset")
+    told = yaml.safe_load(options.read_text())
+    names = ("dataset", "data_root", "image_root", "annotations", "features")
+    return {name: told[name] for name in names if getattr(config, name) is None and told.get(name) is not None}
 
 
 def check_writable(option: str, path: Path) -> None:

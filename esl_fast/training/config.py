@@ -14,14 +14,13 @@ from esl_fast.data.regions import CAPTIONS_PER_IMAGE
 from esl_fast.files import replace_text
 from esl_fast.model.checkpoint import load_checkpoint
 from esl_fast.model.heads import REGION_WORD_SIMILARITIES, SIMILARITIES
-from esl_fast.scripts import check_least, config_first, with_underscores
+from esl_fast.scripts import OPTIONS_FILE, check_least, config_first, with_underscores
 
 RECIPES = Path(__file__).with_name("recipes")
 # Data sets without a recipe of their own follow the official one.
 RECIPE_OF = {"synthetic": "synthetic", "features": "features"}
 # Images in a region set from which on the official recipe is its default.
 LARGE = 10_000
-CONFIG_FILE = "train.yaml"
 # Options that may be a file or, but for the last two, which may be names, a folder.
 PATHS = ("data_root", "image_root", "annotations", "features", "bert", "checkpoint", "model", "pretrained")
 # Options that a checkpoint sets.
@@ -188,11 +187,11 @@ class TrainConfig:
             value = options[name]
             if value and (os.path.isfile(value) or (os.path.isdir(value) and name not in PATHS[-2:])):
                 options[name] = os.path.abspath(value)
-        replace_text(run / CONFIG_FILE, yaml.safe_dump(options, sort_keys=False))
+        replace_text(run / OPTIONS_FILE, yaml.safe_dump(options, sort_keys=False))
 
 
 def _options_of(run: Path) -> dict[str, Any]:
-    path = run / CONFIG_FILE
+    path = run / OPTIONS_FILE
     if not path.is_file():
         raise FileNotFoundError(f"cannot resume {run}: its options are gone, {path} is not there")
     options = load_yaml(path)

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from esl_fast.files import existing, replace_text
-from esl_fast.training.config import CONFIG_FILE
+from esl_fast.scripts import OPTIONS_FILE
 
 METRICS, RESULTS, CURVES = "metrics.jsonl", "results.json", "curves.png"
 LAST, BEST, BOARD = "last", "best", "tensorboard"
 # What a run may leave that ended before its first checkpoint.
-LEFTOVERS = {METRICS, BOARD, CONFIG_FILE}
+LEFTOVERS = {METRICS, BOARD, OPTIONS_FILE}
 UNFINISHED = tuple(f"{name}.tmp" for name in (LAST, BEST, *LEFTOVERS))
 
 
