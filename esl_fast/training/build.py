@@ -33,7 +33,7 @@ def build_model(config: TrainConfig, data: DataSet, resume: Path | None = None) 
     :func:`load_checkpoint` raises.
     """
     if resume is not None:
-        model = _loaded(config, data, resume, OF_MODEL)
+        model = _loaded(replace(config, bert=None), data, resume, OF_MODEL)  # it knows its vocabulary
     elif config.checkpoint is not None:
         model = _loaded(config, data, config.checkpoint, [name for name in OF_MODEL if name not in OF_HEAD])
     else:

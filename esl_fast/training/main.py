@@ -81,7 +81,7 @@ def train(config: TrainConfig) -> int:
     finally:
         trainer.log.close()
     picture = draw_curves(run, result["chance_rsum"])
-    told = {name: getattr(config, name) for name in ("dataset", "similarity", "seed", "model", "text_tower")}
+    told = {name: getattr(config, name) for name in ("dataset", "similarity", "seed")}
     told["version"] = esl_fast.__version__
     (run / RESULTS).write_text(json.dumps(result | told, indent=2) + "\n")
     print(
