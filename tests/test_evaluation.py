@@ -10,7 +10,7 @@ from helpers import clip_config, small_model
 
 from esl_fast.data import Split
 from esl_fast.evaluation import chance_rsum, evaluate, ranks_from_similarity, recall_metrics, table
-from esl_fast.evaluation.main import EvaluateConfig, collect_checkpoints, main
+from esl_fast.evaluation.main import EvaluateConfig, collect_checkpoints, main, parse
 from esl_fast.model import MatchingModel, ModelConfig, save_checkpoint
 from esl_fast.reference.ranks import retrieval_ranks
 from esl_fast.scripts import reporting_errors, with_underscores
@@ -107,6 +107,8 @@ def test_an_ensemble_ranks_the_mean_of_the_matrices(tmp_path):
     matrices = {name: np.load(tmp_path / f"{name}.npy") for name in ("a", "b", "both")}
     np.testing.assert_allclose(matrices["both"], (matrices["a"] + matrices["b"]) / 2, rtol=1e-4, atol=1e-7)
     assert result["metrics"] == recall_metrics(*ranks_from_similarity(matrices["both"], split.owners))
+    names = json.loads((tmp_path / "both.names.json").read_text())
+    assert names == {"images": split.image_ids, "captions": split.captions, "owners": split.owners.tolist()}
 
 
 def test_five_folds_average_thousand_images_each(tmp_path):
@@ -190,3 +192,10 @@ def test_checkpoints_may_follow_one_option_or_several():
     assert collect_checkpoints(["--checkpoint", "a", "b", "--split=val"]) == both
     assert collect_checkpoints(["--checkpoint", "a", "--split=val", "--checkpoint=b"]) == both
     assert collect_checkpoints(["--checkpoint=[a, 'b']", "--split=val"]) == both
+
+
+def test_a_file_names_one_checkpoint_or_several(tmp_path):
+    file = tmp_path / "evaluate.yaml"
+    for written, meant in (("a", ["a"]), ("[a, b]", ["a", "b"])):
+        file.write_text(f"checkpoint: {written}\n")
+        assert parse([f"--config={file}"]).checkpoint == meant

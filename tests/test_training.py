@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -99,6 +100,9 @@ def test_a_run_learns_and_leaves_what_it_promises(features_root, tmp_path, capsy
     again = [f"--checkpoint={run / 'best'}", "--dataset=features", f"--data-root={features_root}", f"--output={output}"]
     assert evaluate_main(again) == 0
     assert json.loads(output.read_text())["metrics"] == result["metrics"]
+    told = [entry for entry in read_metrics(run) if entry["kind"] == "train"]
+    assert all(entry["grad_norm"] > 0 and entry["lr"] <= 0.01 for entry in told)
+    assert all(("head_lr" in entry) == (similarity != "cosine") for entry in told)
 
 
 def test_evaluation_needs_no_other_split(features_root, tmp_path, capsys):
@@ -194,6 +198,18 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_by_bit(
     assert results[0] == results[1]
     ours, theirs = (load_checkpoint(logs / "run" / "last").state_dict() for logs in (whole, broken))
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_run_stopped_in_its_last_evaluation_is_told_how_to_go_on(features_root, tmp_path, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("esl_fast.training.trainer.evaluate", interrupted)
+        assert main(options(features_root, tmp_path)) == 128 + signal.SIGTERM
+    assert f"at step 27 of 27; saved. Continue with: python train/run.py --resume {tmp_path}" in capsys.readouterr().err
+    assert main(["--resume=latest", f"--logs={tmp_path}"]) == 0
+    assert "nothing left to train" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -441,7 +457,9 @@ def test_a_run_is_trained_by_one_process(monkeypatch, tmp_path, capsys):
         (["--similarity=cosine", "--num-levels=3", "--head-lr=1"], {"num_levels", "head_lr"}),
         (["--decay-epoch=3", "--freeze-image=true", "--freeze-image-layers=1"], {"decay_epoch", "freeze_image_layers"}),
         (["--dataset=regions", "--similarity=region-word-heuristic", "--margin=0.9"], {"margin"}),
-        (["--similarity=esl-adaptive", "--num-levels=3", "--loss=hinge", "--margin=0.3", "--schedule=step"], set()),
+        (["--similarity=esl-adaptive", "--num-levels=3", "--loss=hinge", "--margin=0.3"], set()),
+        (["--schedule=step", "--decay-epoch=4", "--epochs=5"], set()),
+        (["--schedule=step", "--decay-epoch=5", "--epochs=5"], {"schedule", "decay_epoch"}),
     ],
 )
 def test_options_without_effect_are_named(argv, named):
@@ -474,6 +492,12 @@ def test_a_run_may_be_repeated_with_another_similarity(features_root, tmp_path, 
     capsys.readouterr()
     assert main([f"--resume={tmp_path / 'run'}"]) == 2
     assert "train.yaml has an option that is none: learning_rate" in capsys.readouterr().err
+    options_file = tmp_path / "run" / "train.yaml"
+    written = options_file.read_text().replace("learning_rate: 3\n", "")
+    options_file.write_text(written.replace("epochs: 1", "epochs: ten"))
+    with pytest.raises(SystemExit):
+        main([f"--resume={tmp_path / 'run'}"])
+    assert re.search(r'"epochs":\s+Expected a .*int.*ten', capsys.readouterr().err)
 
 
 def test_nothing_to_train_is_refused(features_root, tmp_path, capsys):

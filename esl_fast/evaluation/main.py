@@ -47,10 +47,10 @@ class EvaluateConfig:
         precision: fp32, bf16 or fp16 (mixed precision in the towers).
         device: auto, cpu, cuda or cuda:N.
         output: JSON file for the metrics.
-        save_similarity: .npy file for the similarity matrix, images x captions.
+        save_similarity: .npy file for the similarity matrix, images x captions, which a .names.json beside it lists.
     """
 
-    checkpoint: list[str] | None = None
+    checkpoint: list[str] | str | None = None
     model: str | None = None
     pretrained: str | None = None
     dataset: Literal["synthetic", "flickr30k", "coco", "karpathy", "features", "regions"] | None = None
@@ -72,6 +72,8 @@ class EvaluateConfig:
     save_similarity: str | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.checkpoint, str):
+            self.checkpoint = [self.checkpoint]
         check_least(self, {"batch_size": 1, "workers": 0, "rerank": 1})
         if bool(self.checkpoint) == (self.model is not None):
             raise ValueError("what should be evaluated? Give either --checkpoint or --model with --pretrained")

@@ -123,7 +123,8 @@ def evaluate(
             where one makes shortlists).
         split: what to evaluate on; the first five captions of each image count.
         five_folds: also average over folds of 1,000 images (COCO 1K).
-        save_similarity: ``.npy`` file for the matrix ``(N, M)``.
+        save_similarity: ``.npy`` file for the matrix ``(N, M)``; ``.names.json`` beside it says of which images and
+            captions, and which image owns each caption.
         rerank: two-stage retrieval with one region-word model: a global similarity finds so many candidates a query,
             the model sorts them.
         shortlist: loads the model of the first stage; without it, the cosine of the re-ranking model's mean vectors.
@@ -170,6 +171,9 @@ def evaluate(
         result["five_folds"] = mean_metrics([sides.fold(start, start + FOLD_IMAGES).metrics() for start in starts])
     if save_similarity is not None:
         sides.save_similarity(save_similarity)
+        known = split.limit_captions(CAPTIONS_PER_IMAGE)
+        names = {"images": known.image_ids, "captions": known.captions, "owners": known.owners.tolist()}
+        save_similarity.with_suffix(".names.json").write_text(json.dumps(names))
     return result
 
 

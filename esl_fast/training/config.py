@@ -190,15 +190,14 @@ class TrainConfig:
         replace_text(run / OPTIONS_FILE, yaml.safe_dump(options, sort_keys=False))
 
 
-def _options_of(run: Path) -> dict[str, Any]:
+def _options_of(run: Path) -> Path:
     path = run / OPTIONS_FILE
     if not path.is_file():
         raise FileNotFoundError(f"cannot resume {run}: its options are gone, {path} is not there")
-    options = load_yaml(path)
-    unknown = options.keys() - {field.name for field in fields(TrainConfig)}
+    unknown = load_yaml(path).keys() - {field.name for field in fields(TrainConfig)}
     if unknown:
         raise ValueError(f"{path} has an option that is none: {', '.join(sorted(unknown))}")
-    return options
+    return path
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -266,11 +265,14 @@ def parse(argv: Sequence[str]) -> TrainConfig:
         if asked.resume and any(arg.partition("=")[0] == option for arg in argv):
             raise ValueError(f"{option} is of a new run; --resume goes on with an old one, in its folder")
     run = find_run(asked.resume, asked.logs) if asked.resume else None
-    defaults = _defaults(asked) if run is None else _options_of(run)
-    if run is None and asked.checkpoint is not None:
-        defaults |= _options_in(asked.checkpoint)
     final = parser()
-    final.set_defaults(defaults)
+    if run is None:
+        defaults = _defaults(asked)
+        if asked.checkpoint is not None:
+            defaults |= _options_in(asked.checkpoint)
+        final.set_defaults(defaults)
+    else:
+        argv = [f"--config={_options_of(run)}", *argv]
     options = final.parse_args(argv).as_dict()
     options.pop("config", None)
     if options["text_tower"] == "open_clip" and "embed_dim" not in given:
@@ -284,6 +286,7 @@ def parse(argv: Sequence[str]) -> TrainConfig:
 
 def without_effect(config: TrainConfig) -> Iterator[tuple[str, str]]:
     """Options that this configuration does not use, and why."""
+    never = config.schedule == "step" and config.decay_epoch >= config.epochs
     no_clip = config.dataset in ("features", "regions") and config.text_tower != "open_clip"
     for names, unused, reason in (
         (("model", "pretrained"), no_clip, "no tower is open_clip's"),
@@ -291,6 +294,7 @@ def without_effect(config: TrainConfig) -> Iterator[tuple[str, str]]:
         (("kernel_size", "num_levels", "head_lr"), config.similarity == "cosine", "cosine has no weights"),
         (("bert_lr",), config.text_tower != "bert" or config.freeze_text, "no BERT is trained"),
         (("decay_epoch",), config.schedule != "step", f"the schedule is {config.schedule}"),
+        (("schedule", "decay_epoch"), never, f"it falls after {config.decay_epoch} epochs, of {config.epochs}"),
         (("freeze_image_layers",), config.freeze_image, "the whole tower is frozen"),
         (("freeze_text_layers",), config.freeze_text, "the whole tower is frozen"),
         (("on_error",), config.dataset == "synthetic", "every record is drawn"),

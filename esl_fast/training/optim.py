@@ -10,8 +10,8 @@ from esl_fast.training.config import TrainConfig
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW with one learning rate for the towers (and the temperature), one for the head, one for a BERT."""
-    rates = {"": config.lr, "head.": config.head_lr, "text_tower.bert.": config.bert_lr}
-    groups = {prefix: {"params": [], "peak_lr": rate} for prefix, rate in rates.items()}
+    rates = {"": "lr", "head.": "head_lr", "text_tower.bert.": "bert_lr"}
+    groups = {prefix: {"params": [], "name": name, "peak_lr": getattr(config, name)} for prefix, name in rates.items()}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             prefix = max((prefix for prefix in rates if name.startswith(prefix)), key=len)

@@ -88,23 +88,26 @@ class Trainer:
         """
         with self.interrupts.caught():
             try:
-                self._validate_if_due()
-                for epoch in range(self.step // self.steps_per_epoch, self.config.epochs):
-                    if self._exhausted():
-                        tqdm.write(f"stopping early: no better rsum in {self.evals_since_best} evaluations")
-                        break
-                    self._train_epoch(epoch)
-                    self.interrupts.stop_if_asked()
+                self._train()
+                return self._test() | {"best_step": self.best_step, "best_val_rsum": self.best_rsum}
             except Interrupted as interrupt:
                 interrupt.saved = self._save(LAST)
                 raise
+
+    def _train(self) -> None:
+        self._validate_if_due()
+        for epoch in range(self.step // self.steps_per_epoch, self.config.epochs):
+            if self._exhausted():
+                tqdm.write(f"stopping early: no better rsum in {self.evals_since_best} evaluations")
+                break
+            self._train_epoch(epoch)
+            self.interrupts.stop_if_asked()
         if self.unsaved_rsum > self.best_rsum:
             warnings.warn(
                 f"the best model, of validation rsum {self.unsaved_rsum:.1f}, could not be saved; "
                 f"{self.run / BEST} is of rsum {self.best_rsum:.1f}",
-                stacklevel=2,
+                stacklevel=3,
             )
-        return self._test() | {"best_step": self.best_step, "best_val_rsum": self.best_rsum}
 
     def _test(self) -> dict[str, Any]:
         split = self.data.val if self.data.test is None else self.data.test
@@ -164,13 +167,15 @@ class Trainer:
         loss = loss_on_device.item()  # only here does the loop wait for the device
         if not math.isfinite(loss):
             raise self._divergence(f"the loss is {loss}")
+        norm = self.grad_norm.item()
         bar.set_postfix({"loss": f"{loss:.3f}", "images/s": f"{rate:.0f}", "R@1": f"{self.latest_r1:.1f}"})
         self.log.write(
             "train",
             self.step,
             epoch=epoch + 1,
             loss=loss,
-            lr=self.optimizer.param_groups[0]["lr"],
+            grad_norm=norm if math.isfinite(norm) else None,  # a step that fp16's scaler leaves out
+            **{group["name"]: group["lr"] for group in self.optimizer.param_groups},
             logit_scale=self.model.logit_scale.exp().item(),
             images_per_s=round(rate, 1),
         )
@@ -200,8 +205,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._backward(batch)
         self.scaler.unscale_(self.optimizer)
-        if self.config.grad_clip:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.model.clamp_logit_scale()
