@@ -55,6 +55,25 @@ def test_precomputed_features():
     assert mixed(features, mixed.tokenize(CAPTIONS)).shape == (5, 2)
 
 
+@pytest.mark.parametrize(
+    ("side", "given", "error", "message"),
+    [
+        ("image", ["a.jpg"], TypeError, "images is a list"),
+        ("image", torch.zeros(2, 3, 32, 32, dtype=torch.uint8), TypeError, "images has dtype torch.uint8"),
+        ("image", torch.zeros(3, 32, 32), ValueError, r"images has shape \(3, 32, 32\); expected \(N, 3, H, W\)"),
+        ("image", torch.zeros(2, 32, 32, 3), ValueError, r"expected \(N, 3, H, W\)"),
+        ("features", torch.zeros(2, 11), ValueError, r"images has shape \(2, 11\); expected \(N, 12\)"),
+        ("text", CAPTIONS, TypeError, "tokens is list; expected token ids, which model.tokenize makes"),
+        ("text", torch.zeros(2, 16), TypeError, "tokens is torch.float32"),
+        ("text", torch.ones(16, dtype=torch.int64), ValueError, r"tokens has shape \(16,\); expected \(M, T\)"),
+    ],
+)
+def test_what_towers_do_not_read_is_refused(side, given, error, message):
+    model = features_model() if side == "features" else small_model()
+    with pytest.raises(error, match=message):
+        (model.encode_text if side == "text" else model.encode_image)(given)
+
+
 @pytest.fixture
 def bag():
     bag = towers.BagOfTokens(5, 6)

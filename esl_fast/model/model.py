@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from esl_fast.model import sequence_towers, towers
 from esl_fast.model.heads import REGION_WORD_SIMILARITIES, make_head
 from esl_fast.model.sequences import Features, Sequences
+from esl_fast.ops import checks
 
 IMAGE_TOWERS = ("open_clip", "features", "regions")
 TEXT_TOWERS = ("open_clip", "bag", "words", "bert")
@@ -121,7 +122,13 @@ class MatchingModel(nn.Module):
 
         ``(N, d)`` before normalisation or, for a region-word head, normalised vectors of regions; ``lengths (N,)`` are
         the real regions of each image.
+
+        Raises TypeError or ValueError for anything else.
         """
+        width = self.config.feature_dim
+        sizes = {"open_clip": ("N", 3, "H", "W"), "features": ("N", width), "regions": ("N", "R", width)}
+        checks.floating("images", images)
+        checks.shape("images", images, *sizes[self.config.image_tower])
         if images.ndim == 4:
             if not len(images):  # of which open_clip cannot tell the features' shape
                 nothing = images.new_zeros(0, self.config.embed_dim)
@@ -130,7 +137,14 @@ class MatchingModel(nn.Module):
         return self._for_head(self.image_tower(images) if lengths is None else self.image_tower(images, lengths))
 
     def encode_text(self, tokens: Tensor) -> Features:
-        """What the head takes of token ids ``(M, T)``: ``(M, d)`` before normalisation, or normalised words."""
+        """What the head takes of token ids ``(M, T)``: ``(M, d)`` before normalisation, or normalised words.
+
+        Raises TypeError or ValueError for anything else.
+        """
+        if not isinstance(tokens, Tensor) or tokens.dtype not in checks.INTEGERS:
+            given = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise TypeError(f"tokens is {given}; expected token ids, which model.tokenize makes of a list of captions")
+        checks.shape("tokens", tokens, "M", "T")
         return self._for_head(self.text_tower(self.trim(tokens)))
 
     def trim(self, tokens: Tensor) -> Tensor:

@@ -43,6 +43,12 @@ def matrix(name: str, x: Tensor, width: int | None = None) -> None:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; expected {expected}")
 
 
+def shape(name: str, x: Tensor, *sizes: int | str) -> None:
+    """``x`` has these sizes; where any will do, a letter stands for it."""
+    if x.ndim != len(sizes) or any(isinstance(size, int) and size != n for size, n in zip(sizes, x.shape, strict=True)):
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; expected ({', '.join(map(str, sizes))})")
+
+
 def same_device(**tensors: Tensor) -> None:
     devices = {name: t.device for name, t in tensors.items()}
     first, *others = devices.values()
