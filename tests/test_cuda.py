@@ -101,6 +101,33 @@ def test_nothing_waits_for_the_device(aggregator):
 
 
 @pytest.mark.parametrize("aggregator", ["heuristic", "adaptive"])
+def test_a_narrowed_head_waits_for_nothing(aggregator):
+    head, images, texts = head_and_features(aggregator, torch.bfloat16)
+    narrowed = head.eval().requires_grad_(False).narrowed(1.5 * head.contribution.bounds().min().item())
+    assert len(narrowed.levels) < head.num_levels + 1
+    images, texts = images.detach(), texts.detach()
+    expected = narrowed(images, texts)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = narrowed(images, texts)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found, expected)
+
+
+def test_a_graph_is_not_made_of_lengths_on_the_host():
+    regions, words = (torch.randn(3, 5, 64, device="cuda") for _ in range(2))
+    smooth, lengths = torch.tensor(4.0, device="cuda"), torch.tensor([5, 2, 3])
+    options = {"packing": esl_fast.ops.pack_captions(words, lengths)}
+    esl_fast.ops.region_word_similarity(regions, words, smooth, lengths, **options)  # compiles
+    for more in ({}, options | {"region_lengths": lengths}):
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch.zeros(1, device="cuda")  # a graph of something
+            with pytest.raises(RuntimeError, match="a CUDA graph cannot read it"):
+                esl_fast.ops.region_word_similarity(regions, words, smooth, lengths, **more)
+
+
+@pytest.mark.parametrize("aggregator", ["heuristic", "adaptive"])
 def test_compiled_is_eager(aggregator):
     head, images, texts = head_and_features(aggregator, torch.float32)
     compiled = torch.compile(lambda x, y: head(x, y), fullgraph=True)

@@ -61,7 +61,7 @@ POINTER_CONFIGS = {
 # float32 where no configuration above has it: without tensor cores.
 FP32 = TileConfig(64, 64, 16, 4, 2)
 FP32_SWEEP = TileConfig(64, 64, 16, 8, 2)
-UNSIGNED_NAN = ("sm_80", "sm_90")  # where a difference that is not a number has no sign
+UNSIGNED_NAN = {"sm_80": 8, "sm_90": 9}  # where a difference that is not a number has no sign
 INTERPRETED = TileConfig(32, 64, 32, 4, 1)
 
 
@@ -233,6 +233,12 @@ def descriptor(x: Tensor, rows: int, depth: int) -> TensorDescriptor:
 def target_of(device: torch.device) -> str:
     """Key of :data:`POINTER_CONFIGS` for a device, ``"interpreted"`` off the GPU."""
     return _target_of_gpu(_index(device)) if device.type == "cuda" else "interpreted"
+
+
+def unsigned_nan(device: torch.device) -> bool:
+    """Whether a difference that is not a number has no sign there; later GPUs that run as ``"sm_80"`` may differ."""
+    major = UNSIGNED_NAN.get(target_of(device))
+    return major is not None and torch.cuda.get_device_capability(device)[0] == major
 
 
 def processors(device: torch.device) -> int:

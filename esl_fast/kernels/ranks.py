@@ -19,7 +19,7 @@ from esl_fast.kernels._common import cdiv, on_device_of
 from esl_fast.kernels._launch import launch
 from esl_fast.kernels._op import op
 from esl_fast.kernels.paired import score_owned
-from esl_fast.kernels.plan import UNSIGNED_NAN, check_operands, launch_options, make_plan, sweeps, target_of, tile_cases
+from esl_fast.kernels.plan import check_operands, launch_options, make_plan, sweeps, tile_cases, unsigned_nan
 from esl_fast.kernels.tile import quarters, sum_own_cols, sum_own_rows, sweep_length, sweep_origin, tile_product
 
 START_BLOCK = 1024
@@ -140,7 +140,7 @@ def retrieval_ranks(image_units: Tensor, folded_text_units: Tensor, owners: Tens
         )
         launch(
             _start_kernel, (cdiv(max(n, m), START_BLOCK), 1, 1), (best, image_ranks, text_ranks, n, m),
-            {"BLOCK": START_BLOCK, "num_warps": 4},
+            {"BLOCK": START_BLOCK, "num_warps": 4, "enable_fp_fusion": True},
         )  # fmt: skip
         score_owned(plan, owners, positives, best, image_ranks)
         row_groups, col_groups = sweeps(plan)
@@ -148,7 +148,7 @@ def retrieval_ranks(image_units: Tensor, folded_text_units: Tensor, owners: Tens
             _count_kernel, (row_groups * col_groups, 1, 1),
             (*plan.operands, best, positives, image_ranks, text_ranks, *plan.sizes, row_groups, col_groups),
             {
-                "WARPS": plan.warps, "SIGNS": target_of(image_units.device) in UNSIGNED_NAN, "FLATTEN": plan.flatten,
+                "WARPS": plan.warps, "SIGNS": unsigned_nan(image_units.device), "FLATTEN": plan.flatten,
                 **plan.constants, **launch_options(config),
             },
         )  # fmt: skip
@@ -174,6 +174,7 @@ def compile_cases() -> list[CompileCase]:
         divisible=tuple(pointers),
         bytes=12.0 * n + 8.0 * m,
         precision="fp32",
+        options={"enable_fp_fusion": True},
     )
     count = tile_cases(
         "count_5k",

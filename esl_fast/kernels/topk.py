@@ -81,7 +81,10 @@ def topk_update(keys: Tensor, query_units: Tensor, gallery_units: Tensor, offset
                 launch(
                     _select_kernel, (block.shape[0], 1, 1),
                     (scratch, keys[q : q + QUERY_BLOCK], items.shape[0], k, scratch.stride(0), offset + g),
-                    {"BLOCK": GALLERY_BLOCK, "SLOTS": next_power_of_2(k), "num_warps": SELECT_WARPS},
+                    {
+                        "BLOCK": GALLERY_BLOCK, "SLOTS": next_power_of_2(k), "num_warps": SELECT_WARPS,
+                        "enable_fp_fusion": True,
+                    },
                 )  # fmt: skip
 
 
@@ -176,14 +179,17 @@ def _to_gpu(blocks: Iterable[tuple[int, Tensor]], device: torch.device) -> Itera
     stream.wait_stream(torch.cuda.current_stream(device))
     slots = (_Slot(), _Slot())
     waiting = None
-    for i, (offset, units) in enumerate(blocks):
-        slot = slots[i % 2]
-        coming = (slot, offset, slot.copy(units, device, stream))
+    try:
+        for i, (offset, units) in enumerate(blocks):
+            slot = slots[i % 2]
+            coming = (slot, offset, slot.copy(units, device, stream))
+            if waiting is not None:
+                yield from _use(*waiting, device)
+            waiting = coming
         if waiting is not None:
             yield from _use(*waiting, device)
-        waiting = coming
-    if waiting is not None:
-        yield from _use(*waiting, device)
+    finally:  # of a caller who stops early too: its memory must not be given away under a copy
+        torch.cuda.current_stream(device).wait_stream(stream)
 
 
 def _use(slot: _Slot, offset: int, units: Tensor, device: torch.device) -> Iterator[tuple[int, Tensor]]:
@@ -211,6 +217,7 @@ def compile_cases() -> list[CompileCase]:
             flops=6.0 * queries * 8192,
             bytes=4.0 * queries * 8192,
             precision="fp32",
+            options={"enable_fp_fusion": True},
         )
         for k in (16, 128)
     ]

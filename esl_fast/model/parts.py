@@ -190,7 +190,9 @@ class Contribution(Keeper):
         """Fold ``units`` of some levels (default: all), in the order of ``levels``."""
         if levels is None:
             return ops.fold(units, tensors_of(self.matrices), self.scales(), side=side, cache=self.cache())
-        return ops.fold(units, [self.matrices[k] for k in levels], self.scales()[list(levels)], side=side)
+        scales = self.scales()
+        scales = torch.stack([scales[k] for k in levels])  # a list as an index would be copied, which waits for a GPU
+        return ops.fold(units, [self.matrices[k] for k in levels], scales, side=side, cache=self.cache())
 
     @torch.no_grad()
     def bounds(self) -> Tensor:
