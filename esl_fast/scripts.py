@@ -1,6 +1,5 @@
 """What the command-line scripts share."""
 
-import inspect
 import json
 import os
 import re
@@ -14,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from esl_fast.data import LOADERS, DataError, DataSet, load_dataset
+from esl_fast.data import DataError, DataSet, load_dataset
 
 OPTIONS_FILE = "train.yaml"  # of a run
 # Arguments that the loaders' messages name -> what a user types.
@@ -93,23 +92,18 @@ def _config_with_underscores(before: str, arg: str) -> str:
 def build_data(config: Any, only: str | None = None) -> DataSet:
     """The data set, or ``only`` one split of it, that a script's configuration names.
 
-    Raises DataError for what is wrong with it, ValueError for options that do not go with it.
+    Raises DataError, which names options as a user types them.
     """
-    options = {
-        "root": config.data_root,
-        "image_root": config.image_root,
-        "annotations": config.annotations,
-        "features": config.features,
-    }
-    accepted = inspect.signature(LOADERS[config.dataset]).parameters
-    named = config.annotations is not None and "annotations" in accepted
-    if config.data_root is None and "root" in accepted and not named:
-        raise ValueError(f"dataset {config.dataset!r} lies on disk: say where with --data-root")
-    for option, value in options.items():
-        if value is not None and option not in accepted:
-            raise ValueError(f"{ON_COMMAND_LINE[option]} is given, but --dataset is {config.dataset}, which takes none")
     try:
-        return load_dataset(config.dataset, **options, on_error=config.on_error, only=only)
+        return load_dataset(
+            config.dataset,
+            config.data_root,
+            image_root=config.image_root,
+            annotations=config.annotations,
+            features=config.features,
+            on_error=config.on_error,
+            only=only,
+        )
     except DataError as error:
         message = re.sub(rf"\b({'|'.join(ON_COMMAND_LINE)})=", lambda match: ON_COMMAND_LINE[match[1]], str(error))
         raise DataError(message) from error

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from esl_fast.data import DataError, DataSet, EpochSampler, ImageDataset, PairDataset, Split, load_dataset
+from esl_fast.data import DataError, DataSet, EpochSampler, ImageTensors, PairDataset, Split, load_dataset
 from esl_fast.data.images import ImageFiles
 
 
@@ -88,14 +88,14 @@ def test_pairs_of_features_with_augmentation():
 
 
 def test_each_image_once(pictures):
-    images = ImageDataset(pictures, to_tensor)
-    assert [images[i][1] for i in range(len(images))] == [0, 1, 2, 3]
-    torch.testing.assert_close(images[2][0], to_tensor(pictures.images[2]))
+    images = ImageTensors(pictures.images, to_tensor, cache_bytes=0)
+    assert len(images) == 4
+    torch.testing.assert_close(images[2], to_tensor(pictures.images[2]))
 
 
 def test_pictures_need_a_transform(pictures):
     with pytest.raises(ValueError, match="need an image_transform"):
-        ImageDataset(pictures, None)
+        ImageTensors(pictures.images, None)
 
 
 def test_data_errors_cross_worker_processes(tmp_path):

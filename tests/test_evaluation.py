@@ -60,7 +60,7 @@ def test_a_constant_matrix_scores_nothing():
 def test_non_finite_scores_name_their_rows(value):
     scores = np.random.default_rng(0).normal(size=(4, 20))
     scores[2, 7] = value
-    with pytest.raises(ValueError, match="non-finite scores in 1 of 4 rows: 2"):
+    with pytest.raises(ValueError, match="non-finite values in 1 of 4 rows: 2"):
         ranks_from_similarity(scores, np.repeat(np.arange(4), 5))
 
 

@@ -112,7 +112,7 @@ BAD = {
     "integers": ((torch.zeros(2, 2).long(),), TypeError, "similarity has dtype"),
     "one side": ((torch.zeros(2, 2), torch.zeros(2).long()), ValueError, "go together"),
     "too few ids": ((torch.zeros(2, 2), *map(torch.arange, (2, 1))), ValueError, r"text_ids .*\(1,\)"),
-    "float ids": ((torch.zeros(2, 2), torch.zeros(2), torch.zeros(2).long()), ValueError, "image_ids .*float32"),
+    "float ids": ((torch.zeros(2, 2), torch.zeros(2), torch.zeros(2).long()), TypeError, "image_ids .*float32"),
     "device": ((torch.zeros(2, 2), *2 * [torch.zeros(2, device="meta").long()]), ValueError, "image_ids lies on meta"),
 }
 

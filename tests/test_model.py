@@ -107,7 +107,7 @@ def test_bag_knows_what_it_was_last_told(bag):
 
 @pytest.mark.parametrize("tokens", [[5, 9], [5, 9, 11, 13]])
 def test_bag_of_another_size(bag, tokens):
-    with pytest.raises(ValueError, match=f"{len(tokens)} distinct tokens given; this bag holds 3"):
+    with pytest.raises(ValueError, match=f"{len(tokens)} distinct tokens given; this tower has 3"):
         bag.know(torch.tensor([tokens]))
 
 

@@ -211,7 +211,7 @@ def test_memory_is_bounded():
         ({"word_lengths": torch.tensor([2, 1, 5, 0])}, "caption 3 has no words"),
         ({"word_lengths": torch.tensor([2, 6, 5, 1])}, r"caption 1 has 6 words \(word_lengths\); expected 1\.\.5"),
         ({"word_lengths": torch.tensor([2, 1, 5])}, "word_lengths has shape"),
-        ({"word_lengths": torch.ones(4)}, "word_lengths is torch.float32"),
+        ({"word_lengths": torch.ones(4)}, "word_lengths has dtype torch.float32"),
         ({"region_lengths": torch.tensor([0, 1, 1])}, "image 0 has no regions"),
         ({"region_lengths": torch.tensor([1, -1, 1])}, "image 1 has -1 regions"),
         ({"region_units": torch.zeros(3, 6)}, "region_units has shape"),

@@ -15,7 +15,7 @@ from esl_fast.evaluation import evaluate, ranks_from_similarity, recall_metrics
 from esl_fast.evaluation.main import main as evaluate_main
 from esl_fast.model import REGION_WORD_SIMILARITIES
 from esl_fast.model.scores import RegionWordScores
-from esl_fast.model.towers import SpecialTokens
+from esl_fast.model.sequences import SpecialTokens
 from esl_fast.training import TrainConfig, Trainer, main
 from esl_fast.training.accumulate import backward_in_parts
 from esl_fast.training.config import parse, recipe_name

@@ -1,6 +1,7 @@
 """Ranks both ways from units, tile by tile: the matrix is never held."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,8 +10,6 @@ from torch import Tensor
 # Images a tile; a tile's columns are the captions of as many images.
 BLOCK_IMAGES = 512
 BLOCK_CAPTIONS = 4096
-# Diagonal tiles, which are needed twice, are kept up to this size in all.
-KEPT_BYTES = 64 << 20
 
 
 def owner_blocks(counts: list[int]) -> list[tuple[int, int]]:
@@ -88,34 +87,36 @@ class RankCounter:
         return torch.where(counts > 0, self.image_ranks, len(self.text_ranks)), self.text_ranks
 
 
-def retrieval_ranks(image_units: Tensor, folded_text_units: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
-    """As :func:`esl_fast.reference.ranks.retrieval_ranks` of their product; an image without captions ranks M.
+def count_ranks(
+    tile: Callable[[slice, slice], Tensor], owned: ByOwner, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Ranks both ways from ``tile(images, captions)``: scores of some images and of some captions, these ``owned``.
 
-    Tile (r, c) holds the images of block r and the captions *owned by* block c, so that every positive lies in a
-    diagonal tile. Those come first and give the scores to beat; since they are the same products that are
-    counted later, a positive never loses to its own rounding.
+    Each tile is asked for once, and a positive counted as it was read: a score to beat is never compared with another
+    rounding of itself.
     """
-    n, m = image_units.shape[0], folded_text_units.shape[0]
-    owned = by_owner(owners, n)
-    texts = folded_text_units if owned.sorted else folded_text_units[owned.order]
+    counter = RankCounter(len(owned.counts), len(owned.order), dtype, owned.order.device)
     blocks = owned.blocks()
+    owning = [(images, captions) for images, captions in blocks if captions.start < captions.stop]
+    for images, captions in owning:  # every positive lies in one of these diagonal tiles
+        scores = tile(images, captions)
+        counter.set_bars(images, captions, scores, owned.owners[captions] - images.start)
+        counter.count(images, captions, scores)
+    for images, own in blocks:
+        for _, captions in owning:
+            if captions != own:
+                counter.count(images, captions, tile(images, captions))
+    image_ranks, text_ranks = counter.ranks(owned.counts)
+    return image_ranks, owned.as_given(text_ranks)
+
+
+def retrieval_ranks(image_units: Tensor, folded_text_units: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`esl_fast.reference.ranks.retrieval_ranks` of their product; an image without captions ranks M."""
+    owned = by_owner(owners, image_units.shape[0])
+    texts = folded_text_units if owned.sorted else folded_text_units[owned.order]
     compute = torch.promote_types(torch.promote_types(image_units.dtype, texts.dtype), torch.float32)
-    counter = RankCounter(n, m, compute, image_units.device)
 
     def tile(images: slice, captions: slice) -> Tensor:
         return image_units[images].to(compute) @ texts[captions].to(compute).mT
 
-    kept, budget = {}, KEPT_BYTES
-    for images, captions in blocks:
-        scores = tile(images, captions)
-        counter.set_bars(images, captions, scores, owned.owners[captions] - images.start)
-        budget -= scores.shape[0] * scores.shape[1] * scores.element_size()  # nbytes is no size to a compiler
-        if budget >= 0:
-            kept[images.start] = scores
-
-    for images, own in blocks:
-        for _, captions in blocks:
-            scores = kept.get(images.start) if captions == own else None
-            counter.count(images, captions, tile(images, captions) if scores is None else scores)
-    image_ranks, text_ranks = counter.ranks(owned.counts)
-    return image_ranks, owned.as_given(text_ranks)
+    return count_ranks(tile, owned, compute)

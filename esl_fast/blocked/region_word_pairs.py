@@ -73,15 +73,14 @@ def candidate_scores(
 
     Computed where ``smooth`` lies; units may lie elsewhere. Differentiable, the blocks being computed again backward.
     """
-    (q, k), width = candidates.shape, region_units.shape[2]
-    sizes = {"image": region_units.shape[1], "text": word_units.shape[1]}
+    (q, k), (_, regions, width), words = candidates.shape, region_units.shape, word_units.shape[1]
     compute = torch.promote_types(region_units.dtype, torch.float32)
-    each = {side: size * width * compute.itemsize for side, size in sizes.items()}
-    query_bytes, candidate_bytes = each.pop(query), each.popitem()[1]
-    candidate_bytes += ATTENDED * sizes["image"] * sizes["text"] * compute.itemsize
-    budget = GATHERED_BYTES.get(smooth.device.type, GATHERED_BYTES["cuda"])
     if q == 0 or k == 0:
         return torch.empty(q, k, dtype=compute, device=smooth.device)
+    asking, asked = (regions, words) if query == "image" else (words, regions)
+    query_bytes = asking * width * compute.itemsize
+    candidate_bytes = (asked * width + ATTENDED * regions * words) * compute.itemsize
+    budget = GATHERED_BYTES["cpu" if smooth.device.type == "cpu" else "cuda"]
     some = min(k, max(1, (budget - query_bytes) // max(candidate_bytes, 1)))
     rows = max(1, budget // max(query_bytes + some * candidate_bytes, 1))
     on_host = word_lengths.device.type == queries.device.type == "cpu"
@@ -97,7 +96,7 @@ def candidate_scores(
             mine = queries[start : start + rows, None]
             theirs = candidates[start : start + rows, first : first + some]
             images, captions = (mine, theirs) if query == "image" else (theirs, mine)
-            longest = int(word_lengths[captions].max()) if on_host else word_units.shape[1]
+            longest = int(word_lengths[captions].max()) if on_host else words
             inputs = (
                 region_units, word_units[:, :longest], smooth, word_lengths, region_lengths, images, captions
             )  # fmt: skip

@@ -1,12 +1,36 @@
 """Best matches of each query over a gallery of any size, a block of the gallery at a time."""
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 # Scores held at a time.
 BLOCK_ELEMENTS = 1 << 24
+
+
+class Best:
+    """The ``k`` best of ``gallery`` items for each query, from blocks of their scores in ascending order of items.
+
+    Of equal scores the lower index comes first; NaN counts as -inf.
+    """
+
+    def __init__(self, queries: int, gallery: int, k: int, dtype: torch.dtype, device: torch.device) -> None:
+        k = min(k, gallery)
+        self.values = torch.full((queries, k), -torch.inf, dtype=dtype, device=device)
+        self.indices = torch.full((queries, k), gallery, device=device)  # no item's: an item of -inf comes before it
+
+    def update(self, queries: slice, first: int, scores: Tensor) -> None:
+        """Take in the scores of some queries and the items from ``first`` on, whose NaN are overwritten."""
+        k = self.values.shape[1]
+        best, where = stable_topk(lowest_where_nan(scores), min(k, scores.shape[1]))
+        best, where = torch.cat([self.values[queries], best], 1), torch.cat([self.indices[queries], where + first], 1)
+        where, order = where.sort(dim=1)
+        best, second = best.gather(1, order).sort(dim=1, descending=True, stable=True)
+        self.values[queries], self.indices[queries] = best[:, :k], where.gather(1, second)[:, :k]
+
+
+def lowest_where_nan(scores: Tensor) -> Tensor:
+    """In place."""
+    return scores.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 def topk(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -15,18 +39,12 @@ def topk(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     compute = torch.promote_types(torch.promote_types(queries.dtype, gallery.dtype), torch.float32)
     queries = queries.to(compute)
-    k = min(k, gallery.shape[0])
-    values = queries.new_empty(queries.shape[0], 0)
-    indices = torch.empty(queries.shape[0], 0, dtype=torch.int64, device=queries.device)
-    for start, block in _blocks(gallery, max(1, BLOCK_ELEMENTS // max(queries.shape[0], 1))):
-        scores = queries @ block.to(queries.device, compute).mT
-        scores = scores.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        best, where = stable_topk(scores, min(k, scores.shape[1]))
-        # Earlier blocks come first, so that of equal scores the lower index stays in front.
-        values, indices = torch.cat([values, best], 1), torch.cat([indices, where + start], 1)
-        order = values.sort(dim=1, descending=True, stable=True).indices[:, :k]
-        values, indices = values.gather(1, order), indices.gather(1, order)
-    return values, indices
+    best = Best(len(queries), len(gallery), k, compute, queries.device)
+    size = max(1, BLOCK_ELEMENTS // max(len(queries), 1))
+    for first in range(0, len(gallery), size):
+        block = gallery[first : first + size].to(queries.device, compute)
+        best.update(slice(None), first, queries @ block.mT)
+    return best.values, best.indices
 
 
 def stable_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -52,8 +70,3 @@ def stable_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     indices, order = indices.sort(dim=1)
     values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
     return values, indices.gather(1, order)
-
-
-def _blocks(gallery: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
-    for start in range(0, gallery.shape[0], size):
-        yield start, gallery[start : start + size]

@@ -8,7 +8,7 @@ from esl_fast.data.augment import SizeAugmentation
 from esl_fast.data.coco import load_coco
 from esl_fast.data.features import load_features
 from esl_fast.data.karpathy import load_flickr30k, load_karpathy
-from esl_fast.data.pairs import EpochSampler, ImageDataset, PairDataset
+from esl_fast.data.pairs import EpochSampler, ImageTensors, PairDataset
 from esl_fast.data.records import SPLITS, OnError
 from esl_fast.data.regions import load_regions
 from esl_fast.data.split import DataError, DataSet, Split
@@ -19,7 +19,7 @@ __all__ = [
     "DataError",
     "DataSet",
     "EpochSampler",
-    "ImageDataset",
+    "ImageTensors",
     "PairDataset",
     "SizeAugmentation",
     "Split",
@@ -87,8 +87,8 @@ def load_dataset(
     given = {option: value for option, value in options.items() if value is not None}
     loader = LOADERS[name]
     accepted = inspect.signature(loader).parameters
-    unused = [option for option in given if option not in accepted]
-    if unused:
-        raise DataError(f"data set '{name}' takes no {', '.join(unused)}; it takes {', '.join(accepted)}")
+    for option in given:
+        if option not in accepted:
+            raise DataError(f"{option}= is given, but data set '{name}' takes none")
     given |= {name: value for name, value in (("on_error", on_error), ("only", only)) if name in accepted}
     return loader(seed=seed, **given)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esl_fast.model.towers import SpecialTokens
+from esl_fast.model.sequences import SpecialTokens
 
 # Of the words that are drawn: shares that are masked and replaced; the others are deleted.
 MASKED, REPLACED = 0.5, 0.1

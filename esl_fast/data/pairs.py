@@ -18,7 +18,7 @@ CACHE_BYTES = 1 << 30
 ImageTransform = Callable[[Image.Image], Tensor]
 
 
-class ImageTensors:
+class ImageTensors(Dataset):
     """The images of a split as the float32 tensors a model reads.
 
     Pictures go through `transform`; arrays are converted as they are. Tensors that fit into `cache_bytes` together
@@ -134,22 +134,6 @@ class PairDataset(Dataset):
     def collate(batch: dict | list[dict]) -> dict:
         """`collate_fn` for a DataLoader over this data set."""
         return batch if isinstance(batch, dict) else default_collate(batch)
-
-
-class ImageDataset(Dataset):
-    """Each image of a split once, for encoding: item i is (float32 tensor, i).
-
-    Nothing is kept in memory unless `cache_bytes` allows it, as one pass would gain nothing.
-    """
-
-    def __init__(self, split: Split, image_transform: ImageTransform | None, cache_bytes: int = 0):
-        self.images = ImageTensors(split.images, image_transform, cache_bytes)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index], index
 
 
 class EpochSampler(Sampler[int]):

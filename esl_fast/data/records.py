@@ -64,7 +64,7 @@ def existing_file(path: str | Path) -> Path:
 def existing_folder(path: str | Path | None, what: str) -> Path:
     """`path`, if it is a folder; DataError, naming the argument `what`, otherwise."""
     if path is None:
-        raise DataError(f"this data set lies on disk: {what}= must name its folder")
+        raise DataError(f"this data set lies on disk: say where with {what}=")
     path = Path(path)
     if not path.is_dir():
         raise DataError(f"{path}: no such folder (given as {what}=)")

@@ -24,9 +24,8 @@ class Reranked(Scores):
         return self.scores.shape
 
     def ranks(self, owners: Tensor) -> tuple[Tensor, Tensor]:
-        regions, words, smooth, word_lengths, region_lengths = self.scores.operands
         sides = {"image_units": self.shortlist.image, "text_units": self.shortlist.text}
-        return rerank_ranks(regions, words, smooth, word_lengths, owners, region_lengths, k=self.k, **sides)
+        return rerank_ranks(**self.scores.operands, owners=owners, k=self.k, **sides)
 
     def part(self, images: slice, captions: slice) -> "Reranked":
         return Reranked(self.scores.part(images, captions), self.shortlist.part(images, captions), self.k)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from esl_fast.blocked.ranks import RankCounter
+from esl_fast.ops import checks
 
 CUTOFFS = (1, 5, 10)
 # Similarities compared at a time when ranking a matrix.
@@ -53,19 +54,15 @@ def ranks_from_similarity(similarity: Tensor | np.ndarray, owners: Tensor | np.n
 
     ``owners (M,)`` names each caption's image. Raises ValueError for non-finite scores, naming the rows.
     """
-    similarity = torch.as_tensor(similarity)
+    similarity, owners = torch.as_tensor(similarity), torch.as_tensor(owners)
     device = similarity.device
-    owners = torch.as_tensor(owners).to(device).long()
-    if similarity.ndim != 2 or owners.shape != (similarity.shape[1],):
-        raise ValueError(
-            f"similarity has shape {tuple(similarity.shape)} and owners {tuple(owners.shape)}; expected (N, M) and (M,)"
-        )
+    if similarity.ndim != 2:
+        raise ValueError(f"similarity has shape {tuple(similarity.shape)}; expected (N, M)")
     n, m = similarity.shape
-    if m and not (int(owners.min()) >= 0 and int(owners.max()) < n):
-        raise ValueError(f"owners holds {int(owners.min())}..{int(owners.max())}; expected image indices 0..{n - 1}")
-    bad = (~torch.isfinite(similarity)).any(1).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(f"similarity has non-finite scores in {len(bad)} of {n} rows: {', '.join(map(str, bad[:10]))}")
+    checks.owners_of(owners, n, m)
+    checks.owners_within(owners, n)
+    checks.finite("similarity", similarity, wait=True)
+    owners = owners.to(device).long()
     # Scores are compared in it, and ranks counted.
     compute = torch.promote_types(similarity.dtype, torch.float32 if similarity.is_floating_point() else torch.float64)
     counter = RankCounter(n, m, compute, device)

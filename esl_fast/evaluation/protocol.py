@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from esl_fast.data import ImageDataset, Split
+from esl_fast.data import ImageTensors, Split
 from esl_fast.data.pairs import affordable_workers, tokenize_all
 from esl_fast.evaluation.combined import mean_scores, reranked
 from esl_fast.evaluation.metrics import chance_rsum, mean_metrics, recall_metrics
@@ -56,7 +56,7 @@ class Encoder:
         self.split = split.limit_captions(CAPTIONS_PER_IMAGE)
         self.batch_size, self.cache_bytes = batch_size, cache_bytes
         self.workers = affordable_workers(workers)
-        self._images: ImageDataset | None = None
+        self._images: ImageTensors | None = None
         self._tokens: Tensor | None = None
 
     @torch.inference_mode()
@@ -78,13 +78,13 @@ class Encoder:
         model.eval()
         device = next(model.parameters()).device
         if self._images is None:
-            self._images = ImageDataset(self.split, model.image_transform, self.cache_bytes)
+            self._images = ImageTensors(self.split.images, model.image_transform, self.cache_bytes)
             self._tokens = tokenize_all(self.split.captions, model.tokenize)
         # A generator of its own: training goes on with the same random numbers however often it is evaluated.
         loader = DataLoader(self._images, self.batch_size, num_workers=self.workers, generator=torch.Generator())
         features = []
         for name, batches, encode in (
-            ("images", (images for images, _ in loader), model.encode_image),
+            ("images", loader, model.encode_image),
             ("captions", (model.trim(t.long()) for t in self._tokens.split(self.batch_size)), model.encode_text),
         ):
             total = -(-(len(self.split) if name == "images" else len(self._tokens)) // self.batch_size)
@@ -99,8 +99,7 @@ class Encoder:
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Mixed precision by name: ``"fp32"`` (off), ``"bf16"`` or ``"fp16"``."""
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if precision not in dtypes:
-        raise ValueError(f"precision is {precision!r}; accepted: {', '.join(map(repr, dtypes))}")
+    checks.one_of("precision", precision, dtypes)
     return torch.autocast(device.type, dtypes[precision], enabled=precision != "fp32")
 
 

@@ -1,7 +1,7 @@
 """What a kernel module says of its kernels to those who compile them without a GPU."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from triton.backends.compiler import GPUTarget
@@ -39,7 +39,6 @@ class CompileCase:
     bytes: float = 0.0
     precision: str = "bf16"
     targets: tuple[str, ...] = tuple(TARGETS)
-    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def roofline_us(self) -> float:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 # `@triton.jit` decides at import whether kernels are interpreted; so do we.
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+# Of every compilation: products may be fused into sums, which Triton's default will stop doing.
+OPTIONS = {"enable_fp_fusion": True}
 
 
 def runs_here(x: Tensor) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from esl_fast.kernels._common import INTERPRETING
+from esl_fast.kernels._common import INTERPRETING, OPTIONS
 
 # AMD's compiler looks at the size of tensors as well, and the interpreter compiles nothing.
 REMEMBERING = not INTERPRETING and torch.version.hip is None
@@ -15,15 +15,16 @@ _compiled: dict[tuple, tuple[Any, tuple]] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, int, int], arguments: tuple, constants: Mapping[str, Any]) -> None:
-    """``kernel[grid](*arguments, **constants)`` on the current device; ``constants``: constexprs, then options."""
+    """``kernel[grid](*arguments, **constants)`` with :data:`OPTIONS`, on the current device; ``constants``: constexprs
+    and ``num_warps``, ``num_stages``."""
     known = specialization(arguments, _looked_at(kernel)) if REMEMBERING else None
     if known is None:
-        kernel[grid](*arguments, **constants)
+        kernel[grid](*arguments, **constants, **OPTIONS)
         return
     key = id(kernel), driver.active.get_current_device(), *known, *constants.values()
     found = _compiled.get(key)
     if found is None:
-        compiled = kernel[grid](*arguments, **constants)
+        compiled = kernel[grid](*arguments, **constants, **OPTIONS)
         if compiled is not None:  # as it is where a hook keeps Triton from compiling
             _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
     else:

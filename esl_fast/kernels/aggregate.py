@@ -23,8 +23,8 @@ from esl_fast.kernels._common import cdiv, matrices_of, next_power_of_2, on_devi
 from esl_fast.kernels._launch import launch
 from esl_fast.kernels._op import op
 from esl_fast.kernels.plan import processors
-from esl_fast.kernels.select import EPS, Selection, adaptive_dims, locate, selection_dims
-from esl_fast.reference.aggregate import CHAINS
+from esl_fast.kernels.select import EPS, Selection, adaptive_dims, locate
+from esl_fast.reference.aggregate import CHAINS, level_dims
 
 PROGRAMS = 16  # of the adaptive forward on a multiprocessor, one warp each
 
@@ -191,13 +191,10 @@ def _heuristic_backward(
 
 @cache
 def _heuristic_config(embed_dim: int, size: int, levels: int) -> tuple[dict, int]:
-    """Constants of the heuristic kernels and their number of warps; levels of no unit at all are left out."""
-    dims = [embed_dim]
-    while len(dims) <= levels and dims[-1] >= size:
-        dims.append(dims[-1] // size)
+    """Constants of the heuristic kernels and their number of warps."""
+    dims = level_dims(embed_dim, size, levels)
     radix = next_power_of_2(size)
-    top = next_power_of_2(cdiv(embed_dim, size ** (len(dims) - 1)))
-    positions = top * radix ** (len(dims) - 1)
+    positions = next_power_of_2(cdiv(embed_dim, size**levels)) * radix**levels
     # A warp an embedding, 16 elements a thread: all levels stay in registers and no norm waits for another warp.
     rows = max(1, 512 // positions)
     warps = min(16, max(1, positions // 512))
@@ -224,7 +221,7 @@ def _aggregate_heuristic(x: Tensor, taps: Tensor, chain: str, normalize: bool) -
             launch(
                 _heuristic_forward, grid,
                 (x, *x.stride(), taps.contiguous(), units, units.stride(0), x.shape[0]),
-                {**constants, "RAW": raw, "NORMALIZE": normalize, "num_warps": warps, "enable_fp_fusion": True},
+                {**constants, "RAW": raw, "NORMALIZE": normalize, "num_warps": warps},
             )  # fmt: skip
     return units
 
@@ -241,21 +238,17 @@ def _aggregate_heuristic_backward(
 ) -> tuple[Tensor, Tensor]:
     raw = chain == "raw"
     constants, warps = _heuristic_config(x.shape[1], taps.shape[1], taps.shape[0])
-    levels = len(constants["DIMS"]) - 1
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     programs = cdiv(x.shape[0], constants["ROWS"])
-    partial = torch.empty((programs, levels, taps.shape[1]), dtype=torch.float32, device=x.device)
+    partial = torch.empty((programs, *taps.shape), dtype=torch.float32, device=x.device)
     if programs:
         with on_device_of(x):
             launch(
                 _heuristic_backward, (programs, 1, 1),
                 (grad, *grad.stride(), x, *x.stride(), taps.contiguous(), grad_x, partial, x.shape[0]),
-                {**constants, "RAW": raw, "NORMALIZE": normalize, "num_warps": warps, "enable_fp_fusion": True},
+                {**constants, "RAW": raw, "NORMALIZE": normalize, "num_warps": warps},
             )  # fmt: skip
-    grad_taps = partial.sum(0)
-    if levels < taps.shape[0]:
-        grad_taps = torch.nn.functional.pad(grad_taps, (0, 0, 0, taps.shape[0] - levels))
-    return grad_x, grad_taps.to(taps.dtype)
+    return grad_x, partial.sum(0).to(taps.dtype)
 
 
 @_aggregate_heuristic_backward.register_fake
@@ -470,10 +463,8 @@ def _adaptive_weights_backward(
 
 @cache
 def _adaptive_config(dims: tuple[int, ...]) -> tuple[dict, dict, dict]:
-    """Constants of the adaptive kernels, and those of the forward and of the backward alone with their number of warps;
-    levels of no unit at all are left out."""
-    rows, columns = selection_dims(dims)
-    dims = (dims[0], *rows)
+    """Constants of the adaptive kernels; those of the forward and of the backward alone, with their number of warps."""
+    rows, columns = dims[1:], dims[:-1]
     padded = tuple(next_power_of_2(dim) for dim in dims)
     constants = {
         "DIMS": dims,
@@ -507,7 +498,7 @@ def _aggregate_adaptive(
             launch(
                 _adaptive_forward, (programs, 1, 1),
                 (x, *x.stride(), columns, values, counts, between, units, units.stride(0), x.shape[0]),
-                {**constants, **config, "RAW": raw, "NORMALIZE": normalize, "enable_fp_fusion": True},
+                {**constants, **config, "RAW": raw, "NORMALIZE": normalize},
             )  # fmt: skip
     return units
 
@@ -525,10 +516,9 @@ def _aggregate_adaptive_backward(
     raw = chain == "raw"
     constants, _, config = _adaptive_config(tuple(dims))
     n = x.shape[0]
-    rows, columns_in = selection_dims(tuple(dims))
+    rows, columns_in = tuple(dims[1:]), tuple(dims[:-1])
     weights, columns, values, counts, back_rows, back_values, back_counts = selection
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    to_weights = to_weights and len(rows) > 0
     grad_weights = torch.empty(weights.shape if to_weights else (0,), dtype=torch.float32, device=x.device)
     if n == 0:
         return grad_x, grad_weights.zero_()
@@ -541,7 +531,7 @@ def _aggregate_adaptive_backward(
                 grad, *grad.stride(), x, *x.stride(), columns, values, counts,
                 back_rows, back_values, back_counts, grad_x, grad_z, read, read.stride(0), n,
             ),
-            {**constants, **config, "RAW": raw, "NORMALIZE": normalize, "enable_fp_fusion": True},
+            {**constants, **config, "RAW": raw, "NORMALIZE": normalize},
         )  # fmt: skip
         if to_weights:
             launch(
@@ -549,7 +539,7 @@ def _aggregate_adaptive_backward(
                 (grad_z, read, read.stride(0), n, weights, columns, values, counts, grad_weights),
                 {
                     "ROW_DIMS": rows, "COLUMN_DIMS": columns_in, **_weights_blocks(max(columns_in)),
-                    "num_warps": 4, "enable_fp_fusion": True,
+                    "num_warps": 4,
                 },
             )  # fmt: skip
     return grad_x, grad_weights
@@ -610,7 +600,6 @@ def compile_cases() -> list[CompileCase]:
     units = {"units_ptr": "*bf16", "units_row": "i64"}
     lists = {"columns_ptr": "*i32", "values_ptr": "*fp32", "counts_ptr": "*i32"}
     back = {"back_rows_ptr": "*i32", "back_values_ptr": "*fp32", "back_counts_ptr": "*i32"}
-    options = {"enable_fp_fusion": True}
 
     def case(name, kernel, signature, constants, warps, *, dtype="bf16", flops=0.0, size=0.0) -> CompileCase:
         signature = {key: value.replace("bf16", dtype) for key, value in signature.items()}
@@ -619,7 +608,7 @@ def compile_cases() -> list[CompileCase]:
         aligned = tuple(key for key in signature if key != "n" and key not in COUNTS)
         return CompileCase(
             name, kernel, signature, {**constants, **strides}, warps, 3, divisible=aligned,
-            flops=flops, bytes=size, precision="fp32", options=options,
+            flops=flops, bytes=size, precision="fp32",
         )  # fmt: skip
 
     found = []
@@ -647,7 +636,7 @@ def compile_cases() -> list[CompileCase]:
         dims = tuple(dim >> level for level in range(9))
         constants, forward_config, backward_config = ({**part} for part in _adaptive_config(dims))
         warps = forward_config.pop("num_warps"), backward_config.pop("num_warps")
-        rows, columns = selection_dims(dims)
+        rows, columns = dims[1:], dims[:-1]
         count = 5000 * sum(dims)
         width = 4 if dtype == "fp32" else 2
         for chain in chains:

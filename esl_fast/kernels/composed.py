@@ -29,7 +29,7 @@ from esl_fast.kernels._common import INTERPRETING, cdiv, on_device_of, padded_ro
 from esl_fast.kernels._launch import launch
 from esl_fast.kernels._op import op
 from esl_fast.kernels.plan import descriptor, processors, target_of, tma_ready
-from esl_fast.kernels.select import EPS, adaptive_dims, select, selection_dims
+from esl_fast.kernels.select import EPS, adaptive_dims, select
 from esl_fast.kernels.tile import halves
 
 TARGETS = ("sm_90", "interpreted")  # where it pays, and where it is tested without a GPU
@@ -189,7 +189,7 @@ def compose(weights: Sequence[Tensor]) -> Maps:
     """Composed maps of the weights ``(d_l, d_{l-1})`` of levels 1..L."""
     selection = select(weights)
     dims = adaptive_dims(weights)
-    rows, columns = selection_dims(dims)
+    rows, columns = dims[1:], dims[:-1]
     sizes = [r * c for r, c in zip(rows, columns, strict=True)]
     matrices = []
     for listed, values, r, c in zip(
@@ -228,7 +228,7 @@ def _aggregate_composed(x: Tensor, wide: Tensor, small: Tensor, dims: list[int],
             ),
             {
                 **_constants(tuple(dims)), "BEYOND_EPS": eps, "NORMALIZE": normalize, "UPCAST": INTERPRETING,
-                "FLATTEN": not INTERPRETING, "num_warps": WARPS, "num_stages": STAGES, "enable_fp_fusion": True,
+                "FLATTEN": not INTERPRETING, "num_warps": WARPS, "num_stages": STAGES,
             },
         )  # fmt: skip
     return units
@@ -249,7 +249,6 @@ def aggregate_composed(x: Tensor, maps: Maps, dims: list[int], chain: str, norma
 
 @cache
 def _constants(dims: tuple[int, ...]) -> dict:
-    dims = tuple(dim for dim in dims if dim > 0)
     return {
         "DIM": dims[0], "FIRST": (0, dims[1]),
         "BEYOND": (0, *accumulate(dims[2:])), "ROWS": ROWS, "COLS": COLS, "DEPTH": DEPTH, "STAGES": STAGES,
@@ -279,7 +278,7 @@ def compile_cases() -> list[CompileCase]:
                 },
                 WARPS, STAGES, ("x_ptr", "x_row", "small_ptr", "units_ptr", "units_row"), wants_wgmma=True,
                 flops=2 * 25_000 * dim * (width - dim),
-                bytes=2 * 25_000 * (dim + width), targets=("sm_90",), options={"enable_fp_fusion": True},
+                bytes=2 * 25_000 * (dim + width), targets=("sm_90",),
             )
         )  # fmt: skip
     return found

@@ -111,7 +111,6 @@ def _degrees_constants(levels: int, sigmoid_gate: bool, sharp: bool, mean: bool)
         "SIGMOID_GATE": sigmoid_gate,
         "SHARP": sharp,
         "num_warps": 1,
-        "enable_fp_fusion": True,
     }
 
 
@@ -194,9 +193,6 @@ def degrees_scales(
     ``w (L+1,)``; ``temp_scale_1`` and ``temp_scale_2`` of one element each, raw: the gate is the sigmoid of the first
     if ``sigmoid_gate``, else itself; the sharpness is exp of the second if ``sharp``, else 0 (``degree_k = w_k``).
     """
-    if w.ndim != 1 or w.numel() == 0 or temp_scale_1.numel() != 1 or temp_scale_2.numel() != 1:
-        shapes = [tuple(t.shape) for t in (w, temp_scale_1, temp_scale_2)]
-        raise ValueError(f"w must be (L+1,) and the temperatures of one element, got {shapes}")
     return _degrees_scales(w, temp_scale_1, temp_scale_2, sigmoid_gate, sharp, mean)
 
 
@@ -408,7 +404,7 @@ def _matrix_dims(matrices: Sequence[Tensor], units: Tensor) -> tuple[int, ...]:
     dims = tuple(shape[0] for shape in shapes)
     if shapes != [(dim, dim) for dim in dims] or sum(dims) != units.shape[1]:
         raise ValueError(f"matrices must be (d_k, d_k) with sum d_k = {units.shape[1]}, got {shapes}")
-    return tuple(dim for dim in dims if dim > 0)
+    return dims
 
 
 @torch.no_grad()
@@ -427,7 +423,6 @@ def _launch_pack(flat: Tensor, dims: tuple[int, ...], dtype: torch.dtype, transp
             {
                 "DIMS": dims, "WIDTH": sum(dims), "BANDWIDTH": bandwidth, "BLOCK": next_power_of_2(bandwidth),
                 "BLOCK_C": tiles["BLOCK_C"], "BLOCK_K": tiles["BLOCK_K"], "TRANSPOSED": transposed, "num_warps": 4,
-                "enable_fp_fusion": True,
             },
         )  # fmt: skip
     return packed
@@ -453,7 +448,7 @@ def _launch_fold(x: Tensor, packed: Tensor, dims: tuple[int, ...], scales: Tenso
             {
                 "DIMS": dims, "WIDTH": width, "BANDWIDTH": bandwidth, **tiles, "DESCRIPTORS": descriptors,
                 "UPCAST": INTERPRETING, "PRECISION": _precision(x.device),
-                "num_warps": _fold_warps(x.dtype, warps, descriptors), "num_stages": stages, "enable_fp_fusion": True,
+                "num_warps": _fold_warps(x.dtype, warps, descriptors), "num_stages": stages,
             },
         )  # fmt: skip
     return folded
@@ -487,16 +482,16 @@ def _launch_matrices_backward(
             {
                 "DIMS": dims, "WIDTH": width, "TOTAL": flat.numel(), **tiles,
                 "DESCRIPTORS": descriptors, "UPCAST": INTERPRETING, "PRECISION": _precision(left.device),
-                "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True,
+                "num_warps": warps, "num_stages": stages,
             },
         )  # fmt: skip
         launch(
             _matrices_finish, (width, 1, 1), (partial, flat, scales, grad_matrices, products, parts),
-            {"DIMS": dims, "TOTAL": flat.numel(), "BLOCK": block, "num_warps": 2, "enable_fp_fusion": True},
+            {"DIMS": dims, "TOTAL": flat.numel(), "BLOCK": block, "num_warps": 2},
         )  # fmt: skip
         launch(
             _scales_finish, (len(dims), 1, 1), (products, grad_scales),
-            {"DIMS": dims, "BLOCK": block, "num_warps": 2, "enable_fp_fusion": True},
+            {"DIMS": dims, "BLOCK": block, "num_warps": 2},
         )  # fmt: skip
     return grad_matrices, grad_scales
 
@@ -518,9 +513,9 @@ def _(units: Tensor, matrices: list[Tensor], flat: Tensor, scales: Tensor, side:
 def _fold_backward(
     grad: Tensor, units: Tensor, flat: Tensor, scales: Tensor, dims: list[int], side: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients to the units, to all matrices in one buffer and to the scales of levels that have units."""
+    """Gradients to the units, to all matrices in one buffer and to the scales."""
     image = side == "image"
-    levels = tuple(dim for dim in dims if dim > 0)
+    levels = tuple(dims)
     scales = scales.contiguous()
     grad = grad.to(units.dtype)
     grad_units = _launch_fold(grad, _launch_pack(flat, levels, grad.dtype, not image), levels, scales)
@@ -533,11 +528,10 @@ def _fold_backward(
 def _(
     grad: Tensor, units: Tensor, flat: Tensor, scales: Tensor, dims: list[int], side: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    levels = sum(dim > 0 for dim in dims)
     return (
         padded_rows(units.shape[0], units.shape[1], units.dtype, units.device),
         torch.empty_like(flat),
-        torch.empty(levels, dtype=scales.dtype, device=units.device),
+        torch.empty_like(scales),
     )
 
 
@@ -549,12 +543,8 @@ def _fold_setup(ctx, inputs, output) -> None:
 
 
 def _fold_autograd(ctx, grad: Tensor):
-    units, flat, scales = ctx.saved_tensors
-    grad_units, grad_flat, grad_scales = _fold_backward(grad, units, flat, scales, ctx.dims, ctx.side)
+    grad_units, grad_flat, grad_scales = _fold_backward(grad, *ctx.saved_tensors, ctx.dims, ctx.side)
     grad_matrices = matrices_of(grad_flat, [(dim, dim) for dim in ctx.dims], ctx.dtypes)
-    missing = scales.shape[0] - grad_scales.shape[0]
-    if missing:
-        grad_scales = torch.nn.functional.pad(grad_scales, (0, missing))
     return grad_units, grad_matrices, None, grad_scales, None
 
 
@@ -573,14 +563,14 @@ def fold(units: Tensor, matrices: Sequence[Tensor], scales: Tensor, side: str) -
 
 def pack(matrices: Sequence[Tensor], dtype: torch.dtype, side: str) -> Tensor:
     """Matrices as :func:`fold_packed` takes them for units of a dtype and side."""
-    dims = tuple(matrix.shape[0] for matrix in matrices if matrix.numel())
+    dims = tuple(matrix.shape[0] for matrix in matrices)
     return _launch_pack(_flat(matrices), dims, dtype, side == "image")
 
 
 @op("fold_packed")
 def fold_packed(units: Tensor, packed: Tensor, dims: list[int], scales: Tensor) -> Tensor:
     """:func:`fold` of ``units`` of levels of sizes ``dims`` by matrices that are packed; without a gradient."""
-    return _launch_fold(units, packed, tuple(dim for dim in dims if dim > 0), scales.contiguous())
+    return _launch_fold(units, packed, tuple(dims), scales.contiguous())
 
 
 @fold_packed.register_fake
@@ -592,18 +582,17 @@ def compile_cases() -> list[CompileCase]:
     """The paper's size (d=512, s=2, L=8, n=5,000) with and without descriptors, and in float32."""
     dims = tuple(512 >> level for level in range(9))
     width, total, n = sum(dims), sum(dim * dim for dim in dims), 5000
-    options = {"enable_fp_fusion": True}
     degrees = {"FACTOR": 1 / 9, "LEVELS": 9, "BLOCK": 16, "SIGMOID_GATE": True, "SHARP": True}
     parameters = dict.fromkeys(("w_ptr", "temp_scale_1_ptr", "temp_scale_2_ptr"), "*fp32")
     gradients = dict.fromkeys(("grad_ptr", "grad_w_ptr", "grad_1_ptr", "grad_2_ptr"), "*fp32")
     found = [
         CompileCase(
             "degrees_forward", _degrees_forward, {**parameters, "scales_ptr": "*fp32"}, degrees, 1, 3,
-            divisible=(*parameters, "scales_ptr"), flops=90, bytes=80, precision="fp32", options=options,
+            divisible=(*parameters, "scales_ptr"), flops=90, bytes=80, precision="fp32",
         ),
         CompileCase(
             "degrees_backward", _degrees_backward, {**parameters, **gradients}, degrees, 1, 3,
-            divisible=(*parameters, *gradients), flops=300, bytes=160, precision="fp32", options=options,
+            divisible=(*parameters, *gradients), flops=300, bytes=160, precision="fp32",
         ),
     ]  # fmt: skip
     hopper, others = ("sm_90", "sm_100"), ("sm_80", "gfx942")
@@ -640,7 +629,7 @@ def compile_cases() -> list[CompileCase]:
                 f"fold_{name}", _fold_forward, signature, {**common, **tiles, "BANDWIDTH": bandwidth, "units_col": 1},
                 _fold_warps(dtype, warps, descriptors), stages, aligned,
                 wants_wgmma=precision != "ieee" or kind == "bf16", flops=2 * n * total,
-                bytes=size * (2 * n * width + total), precision=unit, targets=targets, options=options,
+                bytes=size * (2 * n * width + total), precision=unit, targets=targets,
             )
         )  # fmt: skip
         signature = {
@@ -654,7 +643,7 @@ def compile_cases() -> list[CompileCase]:
                 f"matrices_backward_{name}", _matrices_backward, signature,
                 {**common, **back_tiles, "TOTAL": total, "left_col": 1, "right_col": 1},
                 warps, stages, aligned, wants_wgmma=precision != "ieee" or kind == "bf16", flops=2 * n * total,
-                bytes=size * 2 * n * width + 32 * total, precision=unit, targets=targets, options=options,
+                bytes=size * 2 * n * width + 32 * total, precision=unit, targets=targets,
             )
         )  # fmt: skip
     pack = {"DIMS": dims, "WIDTH": width, "BANDWIDTH": 512, "BLOCK": 512, "BLOCK_C": 128, "BLOCK_K": 64}
@@ -663,7 +652,7 @@ def compile_cases() -> list[CompileCase]:
             CompileCase(
                 f"pack{'_transposed' * transposed}", _pack, {"matrices_ptr": "*fp32", "packed_ptr": "*bf16"},
                 {**pack, "TRANSPOSED": transposed}, 4, 3, ("matrices_ptr", "packed_ptr"),
-                bytes=4 * total + 2 * 1024 * 512, precision="fp32", options=options,
+                bytes=4 * total + 2 * 1024 * 512, precision="fp32",
             )
         )  # fmt: skip
     pointers = dict.fromkeys(
@@ -673,12 +662,12 @@ def compile_cases() -> list[CompileCase]:
         CompileCase(
             "matrices_finish", _matrices_finish, {**pointers, "parts": "i32"},
             {"DIMS": dims, "TOTAL": total, "BLOCK": 512}, 2, 3, tuple(pointers),
-            flops=10 * total, bytes=40 * total, precision="fp32", options=options,
+            flops=10 * total, bytes=40 * total, precision="fp32",
         ),
         CompileCase(
             "scales_finish", _scales_finish, {"products_ptr": "*fp32", "grad_scales_ptr": "*fp32"},
             {"DIMS": dims, "BLOCK": 512}, 2, 3, ("products_ptr", "grad_scales_ptr"),
-            bytes=4 * width, precision="fp32", options=options,
+            bytes=4 * width, precision="fp32",
         ),
     ]  # fmt: skip
     return found

@@ -23,6 +23,7 @@ import triton
 from triton.compiler import ASTSource
 
 from esl_fast.kernels._case import TARGETS, CompileCase
+from esl_fast.kernels._common import OPTIONS
 
 MODULES = (
     "aggregate", "composed", "select", "contribution", "similarity", "paired", "contrastive", "ranks", "topk",
@@ -74,7 +75,7 @@ def compile_case(case: CompileCase, target: str):
     signature = {name: "constexpr" if name in case.constexprs else case.signature[name] for name in names}
     divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible}
     source = ASTSource(case.kernel, signature, constexprs=dict(case.constexprs), attrs=divisible)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **OPTIONS}
     return triton.compile(source, target=TARGETS[target], options=options)
 
 

@@ -126,7 +126,6 @@ def compile_cases() -> list[CompileCase]:
                     bytes=1.2 * dtype.itemsize * pairs * units,
                     precision=precision,
                     targets=(target,),
-                    options={"enable_fp_fusion": True},
                 )
                 for name, pointers in (("owned", owned), ("diagonal", diagonal))
             )  # fmt: skip

@@ -199,8 +199,7 @@ def warps_along_rows(config: TileConfig) -> int:
 
 
 def launch_options(config: TileConfig) -> dict[str, Any]:
-    """Launch options; products may be fused into sums everywhere here, which Triton's default will stop doing."""
-    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages}
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -319,7 +318,6 @@ def tile_cases(
                         bytes=moved,
                         precision="tf32x3" if precision == "fp32" and target == "sm_90" else precision,
                         targets=(target,),
-                        options={"enable_fp_fusion": True},
                     )
                     for variant, extra in (constants if precision == "bf16" else constants[:1])
                 ]

@@ -19,7 +19,7 @@ from esl_fast.kernels._common import cdiv, on_device_of
 from esl_fast.kernels._launch import launch
 from esl_fast.kernels._op import op
 from esl_fast.kernels.paired import score_owned
-from esl_fast.kernels.plan import check_operands, launch_options, make_plan, sweeps, tile_cases, unsigned_nan
+from esl_fast.kernels.plan import launch_options, make_plan, sweeps, tile_cases, unsigned_nan
 from esl_fast.kernels.tile import quarters, sum_own_cols, sum_own_rows, sweep_length, sweep_origin, tile_product
 
 START_BLOCK = 1024
@@ -121,12 +121,8 @@ def retrieval_ranks(image_units: Tensor, folded_text_units: Tensor, owners: Tens
     compared in float32; ``owners (M,)`` integer image indices below N, in any order (sorted is fastest).
     An image without captions ranks M. NaN counts as reaching what it is compared with, and an item whose own positive
     is not finite, or whose owner is no image, ranks last (M - 1 or N - 1): what is broken does not pass for good.
-    Raises ValueError for other shapes or dtypes.
     """
-    check_operands(image_units, folded_text_units)
     n, m = image_units.shape[0], folded_text_units.shape[0]
-    if owners.shape != (m,) or owners.is_floating_point():
-        raise ValueError(f"expected integer owners ({m},), got {owners.dtype} {tuple(owners.shape)}")
     if not n or not m:
         return owners.new_full((n,), m, dtype=torch.int64), owners.new_zeros(m, dtype=torch.int64)
     with on_device_of(image_units):
@@ -140,7 +136,7 @@ def retrieval_ranks(image_units: Tensor, folded_text_units: Tensor, owners: Tens
         )
         launch(
             _start_kernel, (cdiv(max(n, m), START_BLOCK), 1, 1), (best, image_ranks, text_ranks, n, m),
-            {"BLOCK": START_BLOCK, "num_warps": 4, "enable_fp_fusion": True},
+            {"BLOCK": START_BLOCK, "num_warps": 4},
         )  # fmt: skip
         score_owned(plan, owners, positives, best, image_ranks)
         row_groups, col_groups = sweeps(plan)
@@ -174,7 +170,6 @@ def compile_cases() -> list[CompileCase]:
         divisible=tuple(pointers),
         bytes=12.0 * n + 8.0 * m,
         precision="fp32",
-        options={"enable_fp_fusion": True},
     )
     count = tile_cases(
         "count_5k",

@@ -9,7 +9,6 @@ and the gathering of the weights into one buffer cost more than the bytes.
 """
 
 from collections.abc import Sequence
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -119,13 +118,6 @@ def _select_columns(
     tl.store(values_ptr + slots, m, mask=valid)
 
 
-@cache
-def selection_dims(dims: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Rows and columns of each level's weights, from sizes d_0..d_L; levels of no unit are left out."""
-    dims = tuple(dim for dim in dims if dim > 0)
-    return dims[1:], dims[:-1]
-
-
 def _warps(block: int) -> int:
     return min(8, max(1, block // 256))
 
@@ -139,9 +131,8 @@ def adaptive_dims(weights: Sequence[Tensor]) -> tuple[int, ...]:
 
 
 def _sizes(weights: Sequence[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Rows and columns of each level's weights; levels of no unit are left out."""
-    shapes = [(int(weight.shape[0]), int(weight.shape[1])) for weight in weights if weight.numel()]
-    return tuple(rows for rows, _ in shapes), tuple(columns for _, columns in shapes)
+    """Rows and columns of each level's weights, which need not chain."""
+    return tuple(int(weight.shape[0]) for weight in weights), tuple(int(weight.shape[1]) for weight in weights)
 
 
 def _empty_selection(weights: Sequence[Tensor]) -> list[Tensor]:
@@ -171,12 +162,12 @@ def _select(weights: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
             dims = {"ROW_DIMS": rows, "COLUMN_DIMS": columns}
             launch(
                 _select_rows, (sum(rows), 1, 1), (flat, selected, columns_out, values, counts),
-                {**dims, "BLOCK": block, "num_warps": _warps(block), "enable_fp_fusion": True},
+                {**dims, "BLOCK": block, "num_warps": _warps(block)},
             )  # fmt: skip
             block = next_power_of_2(max(rows))
             launch(
                 _select_columns, (sum(columns), 1, 1), (selected, back_rows, back_values, back_counts),
-                {**dims, "BLOCK": block, "num_warps": _warps(block), "enable_fp_fusion": True},
+                {**dims, "BLOCK": block, "num_warps": _warps(block)},
             )  # fmt: skip
     return flat, columns_out, values, counts, back_rows, back_values, back_counts
 
@@ -206,7 +197,7 @@ def select_both(images: Sequence[Tensor], texts: Sequence[Tensor]) -> tuple[Sele
 def compile_cases() -> list[CompileCase]:
     """The paper's selection (d=512, s=2, L=8)."""
     dims = tuple(512 >> level for level in range(9))
-    rows, columns = selection_dims(dims)
+    rows, columns = dims[1:], dims[:-1]
     weights = sum(r * c for r, c in zip(rows, columns, strict=True))
     lists = {"values_ptr": "*fp32", "counts_ptr": "*i32"}
     by_row = {"weights_ptr": "*fp32", "selected_ptr": "*fp32", "columns_ptr": "*i32", **lists}
@@ -215,11 +206,11 @@ def compile_cases() -> list[CompileCase]:
         CompileCase(
             "select_rows_512", _select_rows, by_row,
             {"ROW_DIMS": rows, "COLUMN_DIMS": columns, "BLOCK": 512}, _warps(512), 3, divisible=tuple(by_row),
-            bytes=16 * weights, precision="fp32", options={"enable_fp_fusion": True},
+            bytes=16 * weights, precision="fp32",
         ),
         CompileCase(
             "select_columns_512", _select_columns, by_column,
             {"COLUMN_DIMS": columns, "ROW_DIMS": rows, "BLOCK": 256}, _warps(256), 3, divisible=tuple(by_column),
-            bytes=12 * weights, precision="fp32", options={"enable_fp_fusion": True},
+            bytes=12 * weights, precision="fp32",
         ),
     ]  # fmt: skip

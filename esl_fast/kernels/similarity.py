@@ -70,16 +70,16 @@ def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 @op("similarity")
-def similarity(image_units: Tensor, folded_text_units: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+def similarity(image_units: Tensor, folded_text_units: Tensor) -> Tensor:
     """``image_units (N, U) @ folded_text_units (M, U)^T -> (N, M)``, accumulated in float32.
 
-    Both float32, bfloat16 or float16, any strides. ``out_dtype`` is theirs unless given; float32 keeps all of a score.
-    The result's rows lie a multiple of 64 elements apart. float32 inputs are multiplied as float32, or as TF32 where
-    ``torch.set_float32_matmul_precision`` allows it. Raises ValueError for other shapes or dtypes.
+    Both float32, bfloat16 or float16, any strides, as is the result, whose rows lie a multiple of 64 elements apart.
+    float32 is multiplied as float32, or as TF32 where ``torch.set_float32_matmul_precision`` allows it. Raises
+    ValueError for other shapes or dtypes.
     """
     check_operands(image_units, folded_text_units)
     n, m = image_units.shape[0], folded_text_units.shape[0]
-    out = padded_rows(n, m, out_dtype or image_units.dtype, image_units.device)
+    out = padded_rows(n, m, image_units.dtype, image_units.device)
     if out.numel():
         with on_device_of(image_units):
             multiply(image_units, folded_text_units, out)
@@ -87,27 +87,26 @@ def similarity(image_units: Tensor, folded_text_units: Tensor, out_dtype: torch.
 
 
 @similarity.register_fake
-def _(image_units, folded_text_units, out_dtype=None):
+def _(image_units, folded_text_units):
     check_operands(image_units, folded_text_units)
     n, m = image_units.shape[0], folded_text_units.shape[0]
-    return padded_rows(n, m, out_dtype or image_units.dtype, image_units.device)
+    return padded_rows(n, m, image_units.dtype, image_units.device)
 
 
 def _setup_context(ctx, inputs, output):
-    image_units, folded_text_units, _ = inputs
-    ctx.save_for_backward(image_units, folded_text_units)
+    ctx.save_for_backward(*inputs)
 
 
 def _backward(ctx, grad):
     image_units, folded_text_units = ctx.saved_tensors
     grad = grad.to(image_units.dtype)
     units = image_units.shape[1]
-    to_image, to_text = ctx.needs_input_grad[:2]
+    to_image, to_text = ctx.needs_input_grad
     if not torch.is_grad_enabled():  # else units are an inner dimension of the next backward
         image_units, folded_text_units = widened(image_units), widened(folded_text_units)
     grad_image = torch.mm(grad, folded_text_units)[:, :units] if to_image else None
     grad_text = torch.mm(grad.t(), image_units)[:, :units] if to_text else None
-    return grad_image, grad_text, None
+    return grad_image, grad_text
 
 
 similarity.register_autograd(_backward, setup_context=_setup_context, twice=True)

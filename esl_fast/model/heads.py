@@ -139,17 +139,14 @@ class ESLHead(LevelHead, Head):
 
     def _sides(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
         # One step keeps autograd's graph small. Without one the parts do better: they keep what they make of weights.
-        if not (self.plain and torch.is_grad_enabled()):
+        if not (self.plain and torch.is_grad_enabled() and self.num_levels):
             return super()._sides(image_features, text_features)
         image, text, contribution = self.image, self.text, self.contribution
         degrees = contribution.w, contribution.temp_scale_1, contribution.temp_scale_2
         matrices = tensors_of(contribution.matrices)
         parameters = [*image.raw(), *text.raw(), *degrees, *matrices]
-        if not self.num_levels or not ops.in_one_step(
-            image_features, text_features, self.embed_dim, parameters, self._shapes
-        ):
-            return super()._sides(image_features, text_features)
-        if not any(tensor.requires_grad for tensor in (image_features, text_features, *parameters)):
+        grad = any(tensor.requires_grad for tensor in (image_features, text_features, *parameters))
+        if not grad or not ops.in_one_step(image_features, text_features, self.embed_dim, parameters, self._shapes):
             return super()._sides(image_features, text_features)
         for part in (image, text, contribution):
             part.forget()
@@ -280,9 +277,7 @@ REGION_WORD_SIMILARITIES = ("region-word-heuristic", "region-word-adaptive")
 
 def make_head(similarity: str, embed_dim: int, kernel_size: int = 2, num_levels: int = 8) -> Head | RegionWordHead:
     """Head by the name that the training script uses."""
-    known = SIMILARITIES + REGION_WORD_SIMILARITIES
-    if similarity not in known:
-        raise ValueError(f"similarity is {similarity!r}; accepted: {', '.join(map(repr, known))}")
+    ops.checks.one_of("similarity", similarity, SIMILARITIES + REGION_WORD_SIMILARITIES)
     if similarity == "cosine":
         return CosineHead(embed_dim)
     variant, _, aggregator = similarity.rpartition("-")

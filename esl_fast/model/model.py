@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from esl_fast.model import sequence_towers, towers
 from esl_fast.model.heads import REGION_WORD_SIMILARITIES, make_head
-from esl_fast.model.sequences import Features, Sequences
+from esl_fast.model.sequences import Features, Sequences, SpecialTokens
 from esl_fast.ops import checks
 
 IMAGE_TOWERS = ("open_clip", "features", "regions")
@@ -57,8 +57,7 @@ class ModelConfig:
             ("image_tower", self.image_tower, IMAGE_TOWERS),
             ("text_tower", self.text_tower, TEXT_TOWERS),
         ):
-            if value not in accepted:
-                raise ValueError(f"{name} is {value!r}; accepted: {', '.join(map(repr, accepted))}")
+            checks.one_of(name, value, accepted)
             if self.similarity in REGION_WORD_SIMILARITIES and value in POOLED_TOWERS:
                 usable = ", ".join(repr(other) for other in accepted if other not in POOLED_TOWERS)
                 raise ValueError(f"{name} is {value!r}, one vector an item; {self.similarity} takes {usable}")
@@ -193,14 +192,14 @@ class MatchingModel(nn.Module):
                 raise ValueError(f"the model knows {known} tokens, CLIP's tokenizer makes {towers.CLIP_VOCABULARY}")
 
     @property
-    def special_tokens(self) -> towers.SpecialTokens:
+    def special_tokens(self) -> SpecialTokens:
         """Token ids that are no words. Raises ValueError for a tokenizer whose ids are not known here."""
         if self.config.text_tower == "bert":
             return sequence_towers.bert_special_tokens(self.config.bert)
         if (self.config.clip or {}).get("text_cfg", {}).get("hf_tokenizer_name"):
             raise ValueError("words can be masked among CLIP's and BERT's tokens only; set size_augmentation to 0")
         # CLIP's vocabulary has no mask; its start of text stands nowhere else, and no bag knows it.
-        return towers.SpecialTokens(towers.CLIP_SPECIAL, towers.CLIP_SPECIAL + 1, towers.CLIP_SPECIAL)
+        return SpecialTokens(towers.CLIP_SPECIAL, towers.CLIP_SPECIAL + 1, towers.CLIP_SPECIAL)
 
     @property
     def word_starts(self) -> Callable[[np.ndarray], np.ndarray]:

@@ -23,8 +23,7 @@ CHANNELS = 4  # of a heuristic level's convolution; they act as their sum
 
 def check_levels(embed_dim: int, kernel_size: int, num_levels: int, aggregator: str) -> list[int]:
     """Sizes of all levels; one clear ValueError for sizes that the definition does not allow."""
-    if aggregator not in AGGREGATORS:
-        raise ValueError(f"aggregator is {aggregator!r}; accepted: {', '.join(map(repr, AGGREGATORS))}")
+    ops.checks.one_of("aggregator", aggregator, AGGREGATORS)
     sizes = (("embed_dim", embed_dim, 1), ("kernel_size", kernel_size, 1), ("num_levels", num_levels, 0))
     for name, value, least in sizes:
         if not isinstance(value, Integral) or isinstance(value, bool) or value < least:

@@ -43,24 +43,23 @@ class RegionWordHead(LevelHead):
 
     def scores(self, regions: Sequences, words: Sequences) -> RegionWordScores:
         """The similarity of l2-normalised regions and words, for whatever consumes it; see :meth:`forward`."""
-        sequences.check("regions", regions, self.embed_dim, "image", "regions")
-        sequences.check("words", words, self.embed_dim, "caption", "words")
+        sequences.check("regions", regions, self.embed_dim, "image")
+        sequences.check("words", words, self.embed_dim, "caption")
         ops.checks.same_device(regions=regions.vectors, words=words.vectors, w=self.contribution.w)
         common = torch.promote_types(regions.vectors.dtype, words.vectors.dtype)
-        region_units = self.image(_without_padding("regions", regions).to(common))
-        word_units = self.text(_without_padding("words", words).to(common))
+        region_vectors, word_vectors = regions.zeroed(), words.zeroed()
+        ops.checks.finite("regions", region_vectors)
+        ops.checks.finite("words", word_vectors)
+        region_units, word_units = self.image(region_vectors.to(common)), self.text(word_vectors.to(common))
         # The caption stands on the left of D: a word is folded as the image of the global variant is.
         # What is exported has to serve all sizes.
         if torch.compiler.is_exporting() or word_units.shape[:2].numel() <= region_units.shape[:2].numel():
             word_units = self.contribution.fold(word_units, "image")
         else:
             region_units = self.contribution.fold(region_units, "text")
-        word_lengths = words.lengths
-        if word_lengths is None:
-            word_lengths = torch.full(words.vectors.shape[:1], words.vectors.shape[1], device=words.vectors.device)
         smooth = self.contribution.temp_scale
         smooth = smooth.to(torch.promote_types(smooth.dtype, torch.float32)).exp()
-        return RegionWordScores(region_units, word_units, smooth, word_lengths, regions.lengths)
+        return RegionWordScores(region_units, word_units, smooth, words.counts(), regions.lengths)
 
     def operands(
         self, regions: Tensor, words: Tensor, word_lengths: Tensor, region_lengths: Tensor | None = None
@@ -69,16 +68,7 @@ class RegionWordHead(LevelHead):
 
         ``esl_fast.region_word_topk(**head.operands(regions, words, word_lengths), k=10)``
         """
-        region_units, word_units, smooth, word_lengths, region_lengths = self.scores(
-            Sequences(regions, region_lengths), Sequences(words, word_lengths)
-        ).operands
-        return {
-            "region_units": region_units,
-            "word_units": word_units,
-            "smooth": smooth,
-            "word_lengths": word_lengths,
-            "region_lengths": region_lengths,
-        }
+        return self.scores(Sequences(regions, region_lengths), Sequences(words, word_lengths)).operands
 
     def forward(
         self, regions: Tensor, words: Tensor, word_lengths: Tensor, region_lengths: Tensor | None = None
@@ -92,11 +82,3 @@ class RegionWordHead(LevelHead):
         captions without words, images without regions, and non-finite features.
         """
         return self.scores(Sequences(regions, region_lengths), Sequences(words, word_lengths)).matrix()
-
-
-def _without_padding(name: str, features: Sequences) -> Tensor:
-    """Vectors whose padding is 0; ValueError naming the items of those that are not finite."""
-    padding = features.padding()
-    vectors = features.vectors if padding is None else features.vectors.masked_fill(padding.unsqueeze(-1), 0)
-    ops.checks.finite(name, vectors)
-    return vectors

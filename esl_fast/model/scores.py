@@ -86,22 +86,23 @@ class InnerProducts(Scores):
 class RegionWordScores(Scores):
     """Every word meets every region: units ``(N, R, U)`` and ``(M, W, U)``, one side folded."""
 
-    regions: Tensor
-    words: Tensor
+    region_units: Tensor
+    word_units: Tensor
     smooth: Tensor
     word_lengths: Tensor
     region_lengths: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.regions.shape[0], self.words.shape[0]
+        return self.region_units.shape[0], self.word_units.shape[0]
 
     @property
-    def operands(self) -> tuple:
-        return self.regions, self.words, self.smooth, self.word_lengths, self.region_lengths
+    def operands(self) -> dict[str, Tensor | None]:
+        """Arguments of the `region_word` functions."""
+        return dict(vars(self))
 
     def matrix(self) -> Tensor:
-        return region_word_similarity(*self.operands)
+        return region_word_similarity(**self.operands)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         # InfoNCE takes factors: the matrix is its own, for one more product, which a batch is too small to feel.
@@ -110,22 +111,20 @@ class RegionWordScores(Scores):
 
     def hinge_loss(self, ids: Tensor | None, *, margin: float, hardest: bool) -> Tensor:
         # Where only the hardest negatives count, few pairs have a gradient.
-        options = {"image_ids": ids, "text_ids": ids, "margin": margin, "hardest": hardest}
-        return region_word_hinge_loss(*self.operands, **options)
+        return region_word_hinge_loss(**self.operands, image_ids=ids, text_ids=ids, margin=margin, hardest=hardest)
 
     def ranks(self, owners: Tensor) -> tuple[Tensor, Tensor]:
-        regions, words, smooth, word_lengths, region_lengths = self.operands
-        return region_word_ranks(regions, words, smooth, word_lengths, owners, region_lengths)
+        return region_word_ranks(**self.operands, owners=owners)
 
     def part(self, images: slice, captions: slice) -> "RegionWordScores":
         return replace(
             self,
-            regions=self.regions[images],
-            words=self.words[captions],
+            region_units=self.region_units[images],
+            word_units=self.word_units[captions],
             word_lengths=self.word_lengths[captions],
             region_lengths=None if self.region_lengths is None else self.region_lengths[images],
         )
 
     def check_finite(self) -> None:
-        ops.checks.finite_sequences("units of regions", self.regions, self.region_lengths, wait=True)
-        ops.checks.finite_sequences("units of words", self.words, self.word_lengths, wait=True)
+        ops.checks.finite_sequences("units of regions", self.region_units, self.region_lengths, wait=True)
+        ops.checks.finite_sequences("units of words", self.word_units, self.word_lengths, wait=True)

@@ -12,8 +12,8 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
-from esl_fast.model.sequences import Sequences
-from esl_fast.model.towers import BAG_INIT_STD, CLIP_VOCABULARY, BagOfTokens, SpecialTokens
+from esl_fast.model.sequences import Sequences, SpecialTokens
+from esl_fast.model.towers import KnownTokens
 
 BERT_CONTEXT = 77
 
@@ -92,21 +92,14 @@ class TextTokens(nn.Module):
         return Sequences(x, self.extent(tokens))
 
 
-class WordEmbeddings(nn.Module):
-    """Text tower for small data: one embedding a token, order ignored; tokens that training never saw share one.
+class WordEmbeddings(KnownTokens):
+    """Text tower for small data: one embedding a token, order ignored; tokens that training never saw share entry 1.
 
-    Known tokens have an embedding of their own (entries 2 and up), all others entry 1. A caption without tokens is one
-    unknown token.
+    A caption without tokens is one unknown token.
     """
 
-    def __init__(self, size: int, embed_dim: int, vocabulary_size: int = CLIP_VOCABULARY) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(size, embed_dim, padding_idx=0)
-        nn.init.normal_(self.embedding.weight, std=BAG_INIT_STD)
-        nn.init.zeros_(self.embedding.weight[0])
-        self.register_buffer("entry_of", torch.zeros(vocabulary_size, dtype=torch.int64))
-
-    know, vocabulary_of = BagOfTokens.know, staticmethod(BagOfTokens.vocabulary_of)
+    def __init__(self, size: int, embed_dim: int) -> None:
+        super().__init__(nn.Embedding(size, embed_dim, padding_idx=0))
 
     extent = staticmethod(TextTokens.extent)
 

@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from esl_fast.ops import checks
-
-EPS = 1e-8
+from esl_fast.reference.aggregate import l2norm
 
 
 class Sequences(NamedTuple):
@@ -28,21 +27,33 @@ class Sequences(NamedTuple):
         positions = torch.arange(self.vectors.shape[1], device=self.vectors.device)
         return positions >= self.lengths.to(self.vectors.device)[:, None]
 
+    def zeroed(self) -> Tensor:
+        """The vectors, those that are not real 0."""
+        padding = self.padding()
+        return self.vectors if padding is None else self.vectors.masked_fill(padding.unsqueeze(-1), 0)
+
+    def counts(self) -> Tensor:
+        """``(n,)``, how many vectors of each item are real."""
+        n, length, _ = self.vectors.shape
+        return torch.full((n,), length, device=self.vectors.device) if self.lengths is None else self.lengths
+
     def unit_norm(self) -> "Sequences":
         """Every vector divided by its norm, padding zeroed."""
-        vectors = self.vectors
-        padding = self.padding()
-        if padding is not None:
-            vectors = vectors.masked_fill(padding.unsqueeze(-1), 0)
-        return self._replace(vectors=vectors / (torch.linalg.vector_norm(vectors, dim=-1, keepdim=True) + EPS))
+        return self._replace(vectors=l2norm(self.zeroed()))
 
     def mean(self) -> Tensor:
         """The mean ``(n, d)`` of the real vectors of each item."""
-        padding = self.padding()
-        if padding is None:
+        if self.lengths is None:
             return self.vectors.mean(1)
-        total = self.vectors.masked_fill(padding.unsqueeze(-1), 0).sum(1)
-        return total / self.lengths.to(total.device).unsqueeze(-1)
+        return self.zeroed().sum(1) / self.lengths.to(self.vectors.device).unsqueeze(-1)
+
+
+class SpecialTokens(NamedTuple):
+    """Ids that enclose a caption's words, and the one that hides a word; 0 pads."""
+
+    start: int
+    end: int
+    mask: int
 
 
 Features = Tensor | Sequences
@@ -56,13 +67,7 @@ def concatenate(parts: Sequence[Features]) -> Features:
     vectors = [F.pad(part.vectors, (0, 0, 0, longest - part.vectors.shape[1])) for part in parts]
     if all(part.lengths is None for part in parts) and len({part.vectors.shape[1] for part in parts}) == 1:
         return Sequences(torch.cat(vectors))
-    lengths = [
-        torch.full(part.vectors.shape[:1], part.vectors.shape[1], device=part.vectors.device)
-        if part.lengths is None
-        else part.lengths
-        for part in parts
-    ]
-    return Sequences(torch.cat(vectors), torch.cat(lengths))
+    return Sequences(torch.cat(vectors), torch.cat([part.counts() for part in parts]))
 
 
 def vectors_of(features: Features) -> Tensor:
@@ -74,12 +79,11 @@ def with_vectors(features: Features, vectors: Tensor) -> Features:
     return features._replace(vectors=vectors) if isinstance(features, Sequences) else vectors
 
 
-def check(name: str, features: Sequences, width: int, item: str, parts: str) -> None:
-    """One clear error for what a head cannot take; ``item`` and ``parts`` name what has no length."""
+def check(name: str, features: Sequences, width: int, item: str) -> None:
+    """One clear error for what a head cannot take of ``"regions"`` or ``"words"``, the parts of an ``item``."""
     checks.floating(name, features.vectors)
     shape = tuple(features.vectors.shape)
     if len(shape) != 3 or shape[2] != width or shape[1] == 0:
         raise ValueError(f"{name} has shape {shape}; expected (n, length, {width}) with a length of at least 1")
     if features.lengths is not None:
-        label = {"caption": "word_lengths", "image": "region_lengths"}[item]
-        checks.lengths_of(label, features.lengths, shape[0], shape[1], item, parts)
+        checks.lengths_of(f"{name.removesuffix('s')}_lengths", features.lengths, shape[0], shape[1], item, name)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -21,15 +21,6 @@ CONFIGS = Path(__file__).with_name("configs")
 CLIP_VOCABULARY, CLIP_CONTEXT = 49408, 77
 # Start and end of text, the last two entries of CLIP's vocabulary; 0 pads.
 CLIP_SPECIAL = CLIP_VOCABULARY - 2
-BAG_INIT_STD = 0.02
-
-
-class SpecialTokens(NamedTuple):
-    """Ids that enclose a caption's words, and the one that hides a word; 0 pads."""
-
-    start: int
-    end: int
-    mask: int
 
 
 def pick_device(name: str) -> torch.device:
@@ -58,26 +49,22 @@ class ProjectedFeatures(nn.Module):
         return self.proj(features)
 
 
-class BagOfTokens(nn.Module):
-    """Text tower for small data: the mean of a caption's token embeddings, order ignored.
+class KnownTokens(nn.Module):
+    """An embedding for each token that training has seen (entries 2 and up); 0 pads, 1 is for the tower to use."""
 
-    Known tokens have an embedding of their own (entries 2 and up); all others are left out of the mean. A caption
-    without any known token is entry 1, since a zero vector has no direction to compare.
-    """
-
-    def __init__(self, size: int, embed_dim: int, vocabulary_size: int = CLIP_VOCABULARY) -> None:
+    def __init__(self, embedding: nn.Embedding | nn.EmbeddingBag) -> None:
         super().__init__()
-        self.embedding = nn.EmbeddingBag(size, embed_dim, mode="mean", padding_idx=0)
-        # The unit variance of nn.EmbeddingBag would dwarf what a few thousand steps can move.
-        nn.init.normal_(self.embedding.weight, std=BAG_INIT_STD)
+        self.embedding = embedding
+        # The unit variance of PyTorch's own would dwarf what a few thousand steps can move.
+        nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.zeros_(self.embedding.weight[0])
-        self.register_buffer("entry_of", torch.zeros(vocabulary_size, dtype=torch.int64))
+        self.register_buffer("entry_of", torch.zeros(CLIP_VOCABULARY, dtype=torch.int64))
 
     def know(self, tokens: Tensor) -> None:
         """Take the tokens of a training set ``(M, T)`` as the known ones; there must be ``size - 2`` of them."""
         known = self.vocabulary_of(tokens)
         if len(known) != self.embedding.num_embeddings - 2:
-            raise ValueError(f"{len(known)} distinct tokens given; this bag holds {self.embedding.num_embeddings - 2}")
+            raise ValueError(f"{len(known)} distinct tokens given; this tower has {self.embedding.num_embeddings - 2}")
         self.entry_of.zero_()
         self.entry_of[known] = torch.arange(2, len(known) + 2, device=self.entry_of.device)
 
@@ -86,6 +73,17 @@ class BagOfTokens(nn.Module):
         """The distinct tokens that carry meaning: padding, start and end of text left out."""
         known = tokens.unique()
         return known[(known > 0) & (known < CLIP_SPECIAL)]
+
+
+class BagOfTokens(KnownTokens):
+    """Text tower for small data: the mean of a caption's token embeddings, order ignored.
+
+    Unknown tokens are left out of the mean. A caption without any known token is entry 1, since a zero vector has no
+    direction to compare.
+    """
+
+    def __init__(self, size: int, embed_dim: int) -> None:
+        super().__init__(nn.EmbeddingBag(size, embed_dim, mode="mean", padding_idx=0))
 
     def forward(self, tokens: Tensor) -> Tensor:
         entries = self.entry_of[tokens]

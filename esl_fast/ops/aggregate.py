@@ -41,8 +41,7 @@ def aggregate(
         TypeError, ValueError: wrong dtype, shape, device, or (CPU) a non-finite embedding.
     """
     checks.floating("x", x)
-    if chain not in CHAINS:
-        raise ValueError(f"chain is {chain!r}; accepted: {', '.join(map(repr, CHAINS))}")
+    checks.one_of("chain", chain, CHAINS)
     heuristic = isinstance(weights, Tensor)
     tensors = (weights,) if heuristic else tuple(weights)
     _check_levels(x, tensors, heuristic)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from esl_fast._eager import is_transformed
 from esl_fast.kernels._common import runs_here
+from esl_fast.ops import checks
 
 BACKENDS = ("auto", "triton", "torch")
 _active = "auto"
@@ -26,8 +27,7 @@ class use_backend:
     """
 
     def __init__(self, name: str):
-        if name not in BACKENDS:
-            raise ValueError(f"backend is {name!r}; accepted: {', '.join(map(repr, BACKENDS))}")
+        checks.one_of("backend", name, BACKENDS)
         self._name, self._previous = name, None
         self.__enter__()
 

@@ -1,5 +1,6 @@
 """One clear error for each kind of bad input."""
 
+from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
 
@@ -11,6 +12,9 @@ from esl_fast._eager import is_eager
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
 def floating(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}; expected a floating-point torch.Tensor")
@@ -18,7 +22,9 @@ def floating(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} has dtype {x.dtype}; expected a floating-point tensor of 16, 32 or 64 bits")
 
 
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+def one_of(name: str, value: Any, accepted: Iterable[str]) -> None:
+    if value not in accepted:
+        raise ValueError(f"{name} is {value!r}; accepted: {', '.join(map(repr, accepted))}")
 
 
 def number(name: str, value: Any) -> float:
@@ -28,11 +34,30 @@ def number(name: str, value: Any) -> float:
     return float(value)
 
 
+def scalar(name: str, value: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One real value, as a tensor ``()`` of ``dtype`` on ``device``; differentiable where it is a tensor."""
+    if not isinstance(value, Tensor):  # written on the device: a copy would be waited for
+        return torch.full((), number(name, value), dtype=dtype, device=device)
+    if value.numel() != 1 or value.is_complex():
+        raise ValueError(f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}; expected one real value")
+    return value.reshape(()).to(device, dtype)
+
+
 def count_of(name: str, value: Any) -> int:
     """A positive integer of any kind, as an int."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} is {value!r}; expected a positive integer")
     return int(value)
+
+
+def integers(name: str, x: Tensor, count: int, meaning: str) -> None:
+    """``x (count,)`` integers; an error says what they mean."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}; expected an integer torch.Tensor")
+    if x.dtype not in INTEGERS:
+        raise TypeError(f"{name} has dtype {x.dtype}; expected ({count},) integers, {meaning}")
+    if x.shape != (count,):
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; expected ({count},) integers, {meaning}")
 
 
 def matrix(name: str, x: Tensor, width: int | None = None) -> None:
@@ -86,13 +111,7 @@ def finite_sequences(name: str, x: Tensor, lengths: Tensor | None, *, wait: bool
 
 def owners_of(owners: Tensor, images: int, captions: int) -> None:
     """``owners (M,)`` integer, one image index a caption; on a GPU their range is left to :func:`owners_within`."""
-    if not isinstance(owners, Tensor):
-        raise TypeError(f"owners is a {type(owners).__name__}; expected an integer torch.Tensor")
-    if owners.dtype not in INTEGERS or owners.shape != (captions,):
-        raise ValueError(
-            f"owners has shape {tuple(owners.shape)} and dtype {owners.dtype}; expected ({captions},) integers, "
-            "the image index of each caption"
-        )
+    integers("owners", owners, captions, "the image index of each caption")
     if owners.device.type == "cpu":
         owners_within(owners, images)
 
@@ -111,27 +130,17 @@ def ids_of(image_ids: Tensor | None, text_ids: Tensor | None, images: int, texts
     for name, ids, count in (("image_ids", image_ids, images), ("text_ids", text_ids, texts)):
         if ids is None:
             continue
-        if not isinstance(ids, Tensor):
-            raise TypeError(f"{name} is a {type(ids).__name__}; expected an integer torch.Tensor")
-        if ids.dtype not in INTEGERS or ids.shape != (count,):
-            raise ValueError(f"{name} has shape {tuple(ids.shape)} and dtype {ids.dtype}; expected ({count},) integers")
+        integers(name, ids, count, "what pairs share")
         if ids.device != device:
             raise ValueError(f"{name} lies on {ids.device}, the scores on {device}")
 
 
 def lengths_of(name: str, lengths: Tensor, count: int, longest: int, item: str, parts: str) -> None:
     """``lengths (count,)`` integers, how many real ``parts`` each ``item`` has; on a CPU 1 to ``longest``."""
-    if not isinstance(lengths, Tensor) or lengths.dtype not in INTEGERS:
-        kind = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
-        raise TypeError(f"{name} is {kind}; expected an integer tensor ({count},)")
-    if lengths.shape != (count,):
-        raise ValueError(f"{name} has shape {tuple(lengths.shape)}; expected ({count},), one a {item}")
+    integers(name, lengths, count, f"one a {item}")
     if lengths.device.type != "cpu" or torch.compiler.is_compiling() or count == 0:
         return
-    if int(lengths.min()) < 1:
-        worst = int(lengths.argmin())
-        found = f"no {parts}" if lengths[worst] == 0 else f"{int(lengths[worst])} {parts}"
-        raise ValueError(f"{item} {worst} has {found} ({name}); expected 1..{longest}")
-    if int(lengths.max()) > longest:
-        worst = int(lengths.argmax())
-        raise ValueError(f"{item} {worst} has {int(lengths[worst])} {parts} ({name}); expected 1..{longest}")
+    for worst in (int(lengths.argmin()), int(lengths.argmax())):
+        found = int(lengths[worst])
+        if not 1 <= found <= longest:
+            raise ValueError(f"{item} {worst} has {found or 'no'} {parts} ({name}); expected 1..{longest}")

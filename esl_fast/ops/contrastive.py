@@ -47,21 +47,14 @@ def contrastive_loss(
     checks.matrix("folded_text_units", folded_text_units, image_units.shape[1])
     checks.same_device(image_units=image_units, folded_text_units=folded_text_units)
     n, m = image_units.shape[0], folded_text_units.shape[0]
-    if same_owner not in SAME_OWNER:
-        raise ValueError(f"same_owner is {same_owner!r}; accepted: {', '.join(map(repr, SAME_OWNER))}")
+    checks.one_of("same_owner", same_owner, SAME_OWNER)
     checks.ids_of(image_ids, text_ids, n, m, image_units.device)
     if n == 0 or m == 0:
         raise ValueError(f"a contrastive loss needs pairs; given {n} images and {m} texts")
     if n != m and (image_ids is None or same_owner != "positive"):
         raise ValueError(f"{n} images and {m} texts have no diagonal; give image_ids and text_ids as positives")
     compute = torch.promote_types(torch.promote_types(image_units.dtype, folded_text_units.dtype), torch.float32)
-    if isinstance(logit_scale, Tensor):
-        if logit_scale.numel() != 1 or logit_scale.is_complex():
-            given = f"shape {tuple(logit_scale.shape)} and dtype {logit_scale.dtype}"
-            raise ValueError(f"logit_scale has {given}; expected one real value")
-        scale = logit_scale.to(image_units.device, compute)
-    else:  # written on the device: a copy would be waited for
-        scale = torch.full((), checks.number("logit_scale", logit_scale), dtype=compute, device=image_units.device)
+    scale = checks.scalar("logit_scale", logit_scale, compute, image_units.device)
     if use_kernels(image_units, folded_text_units):
         from esl_fast.kernels import contrastive as kernel  # Triton is imported only where it is used
 
@@ -71,7 +64,7 @@ def contrastive_loss(
         )
     if is_transformed():
         scores = image_units.to(compute) @ folded_text_units.to(compute).mT
-        return reference.contrastive.contrastive_loss(scores, scale.reshape(()), image_ids, text_ids, same_owner)
+        return reference.contrastive.contrastive_loss(scores, scale, image_ids, text_ids, same_owner)
     return blocked.contrastive.contrastive_loss(
         image_units.to(compute), folded_text_units.to(compute), scale, image_ids, text_ids, same_owner
     )

@@ -80,8 +80,7 @@ def fold(
         TypeError, ValueError: wrong types, shapes, side or devices.
     """
     checks.floating("units", units)
-    if side not in SIDES:
-        raise ValueError(f"side is {side!r}; accepted: {', '.join(map(repr, SIDES))}")
+    checks.one_of("side", side, SIDES)
     width = sum(m.shape[0] for m in matrices)
     if units.shape[-1] != width or scales.shape != (len(matrices),):
         raise ValueError(

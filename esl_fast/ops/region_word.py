@@ -160,12 +160,8 @@ def check_region_word(
         computed_on = region_units.device
     if word_units.dtype != region_units.dtype:
         raise TypeError(f"region_units is {region_units.dtype} and word_units {word_units.dtype}; expected one dtype")
-    if not isinstance(smooth, Tensor):
-        dtype = torch.promote_types(region_units.dtype, torch.float32)
-        smooth = torch.full((), checks.number("smooth", smooth), dtype=dtype, device=computed_on)
-    if smooth.numel() != 1 or smooth.is_complex():
-        raise ValueError(f"smooth has shape {tuple(smooth.shape)} and dtype {smooth.dtype}; expected one real value")
+    smooth = checks.scalar("smooth", smooth, torch.promote_types(region_units.dtype, torch.float32), computed_on)
     checks.lengths_of("word_lengths", word_lengths, word_units.shape[0], word_units.shape[1], "caption", "words")
     if region_lengths is not None:
         checks.lengths_of("region_lengths", region_lengths, n, regions, "image", "regions")
-    return smooth.reshape(()).to(computed_on)
+    return smooth

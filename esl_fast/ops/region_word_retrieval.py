@@ -4,15 +4,15 @@ import torch
 from torch import Tensor
 
 from esl_fast._autocast import without_autocast
-from esl_fast.blocked.ranks import RankCounter, by_owner
+from esl_fast.blocked.ranks import by_owner, count_ranks
 from esl_fast.blocked.region_word_pairs import candidate_scores
-from esl_fast.blocked.topk import stable_topk
+from esl_fast.blocked.topk import Best, lowest_where_nan
 from esl_fast.ops import checks
+from esl_fast.ops.contribution import SIDES
 from esl_fast.ops.ranks import retrieval_ranks
 from esl_fast.ops.region_word import CaptionBlocks, check_region_word, slices
 from esl_fast.ops.topk import topk
 
-QUERIES = ("image", "text")
 # What :func:`region_word_topk` scores at a time.
 BLOCK_IMAGES = 512
 BLOCK_CAPTIONS = 4096
@@ -57,27 +57,12 @@ def region_word_ranks(
     checks.finite_sequences("word_units", word_units, word_lengths)
     owned = by_owner(owners.long(), n)
     captions = CaptionBlocks(word_units, word_lengths, region_units.device, None if owned.sorted else owned.order)
-    # Every caption lies in the diagonal tile of its image.
-    blocks = owned.blocks()
-    owning = [(images, texts) for images, texts in blocks if texts.start < texts.stop]
-    counter = RankCounter(n, m, torch.promote_types(region_units.dtype, torch.float32), region_units.device)
 
     def tile(images: slice, texts: slice) -> Tensor:
         some = None if region_lengths is None else region_lengths[images]
         return captions.scores(region_units[images], texts, smooth, some)
 
-    # Each tile is computed once and each positive counted as it was read: a score to beat is never compared with
-    # another rounding of itself.
-    for images, texts in owning:
-        scores = tile(images, texts)
-        counter.set_bars(images, texts, scores, owned.owners[texts] - images.start)
-        counter.count(images, texts, scores)
-    for images, own in blocks:
-        for _, texts in owning:
-            if texts != own:
-                counter.count(images, texts, tile(images, texts))
-    image_ranks, text_ranks = counter.ranks(owned.counts)
-    return image_ranks, owned.as_given(text_ranks)
+    return count_ranks(tile, owned, torch.promote_types(region_units.dtype, torch.float32))
 
 
 @torch.no_grad()
@@ -107,29 +92,18 @@ def region_word_topk(
     smooth = check_region_word(region_units, word_units, smooth, word_lengths, region_lengths, computed_on=device)
     n, m = region_units.shape[0], word_units.shape[0]
     queries, gallery = (n, m) if query == "image" else (m, n)
-    k = min(int(k), gallery)
-    compute = torch.promote_types(region_units.dtype, torch.float32)
-    values = torch.full((queries, k), -torch.inf, dtype=compute, device=device)
-    indices = torch.full((queries, k), gallery, dtype=torch.int64, device=device)  # past every item
+    best = Best(queries, gallery, k, torch.promote_types(region_units.dtype, torch.float32), device)
     captions = CaptionBlocks(word_units, word_lengths, device)
     for images in slices(n, BLOCK_IMAGES):
         regions = region_units[images].to(device)
         some = None if region_lengths is None else region_lengths[images]
         for texts in slices(m, BLOCK_CAPTIONS):
             scores = captions.scores(regions, texts, smooth, some)
-            asking, asked = (images, texts) if query == "image" else (texts, images)
-            scores = (scores if query == "image" else scores.mT).nan_to_num(
-                nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf
-            )
-            best, where = stable_topk(scores, min(k, scores.shape[1]))
-            # Earlier blocks come first, so that of equal scores the lower index stays in front; but an item that
-            # scores -inf comes before a place that no item has taken.
-            best = torch.cat([values[asking], best], 1)
-            where = torch.cat([indices[asking], where + asked.start], 1)
-            where, order = where.sort(dim=1, stable=True)
-            best, second = best.gather(1, order).sort(dim=1, descending=True, stable=True)
-            values[asking], indices[asking] = best[:, :k], where.gather(1, second)[:, :k]
-    return values, indices
+            if query == "image":
+                best.update(images, texts.start, scores)
+            else:
+                best.update(texts, images.start, scores.mT)
+    return best.values, best.indices
 
 
 @torch.no_grad()
@@ -175,11 +149,11 @@ def region_word_rerank(
         if low < 0 or high >= gallery:
             raise ValueError(f"candidates holds {low}..{high}; expected indices 0..{gallery - 1}")
     candidates = candidates.to(device).long()
+    every = torch.arange(queries, device=device)
     scores = candidate_scores(
-        region_units, word_units, smooth, word_lengths, region_lengths,
-        torch.arange(queries, device=device), candidates, query,
-    ).nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)  # fmt: skip
-    scores, order = scores.sort(dim=1, descending=True, stable=True)
+        region_units, word_units, smooth, word_lengths, region_lengths, every, candidates, query
+    )
+    scores, order = lowest_where_nan(scores).sort(dim=1, descending=True, stable=True)
     return scores, candidates.gather(1, order)
 
 
@@ -268,8 +242,7 @@ def rerank_ranks(
 
 def _check_query(region_units: Tensor, word_units: Tensor, k: int, query: str) -> torch.device:
     """Where scores are computed: with the queries."""
-    if query not in QUERIES:
-        raise ValueError(f"query is {query!r}; accepted: {', '.join(map(repr, QUERIES))}")
+    checks.one_of("query", query, SIDES)
     checks.count_of("k", k)
     checks.floating("region_units", region_units)
     checks.floating("word_units", word_units)

@@ -15,6 +15,7 @@ from esl_fast.files import replace_text
 from esl_fast.model.checkpoint import load_checkpoint
 from esl_fast.model.heads import REGION_WORD_SIMILARITIES, SIMILARITIES
 from esl_fast.scripts import OPTIONS_FILE, check_least, config_first, with_underscores
+from esl_fast.training.runs import find_run
 
 RECIPES = Path(__file__).with_name("recipes")
 # Data sets without a recipe of their own follow the official one.
@@ -245,8 +246,6 @@ def parse(argv: Sequence[str]) -> TrainConfig:
     values out of range, and FileNotFoundError without a run to resume or a checkpoint to start from.
     """
     from jsonargparse import ArgumentParser
-
-    from esl_fast.training.runs import find_run
 
     argv = config_first(with_underscores(argv, TrainConfig))
 

@@ -38,7 +38,8 @@ PROGRESS = (
 
 
 class Trainer:
-    """Trains ``model`` on a data set, in the folder ``run``; ``resume`` continues from its last checkpoint.
+    """Trains ``model`` on a data set, in the folder ``run``; ``resume`` continues from its last checkpoint,
+    whose model it must be.
 
     One step is one optimizer update on ``batch_size`` pairs. The order of pairs and their augmentation are functions of
     seed and epoch, the learning rate one of the step, so that a resumed run takes exactly the steps that an
@@ -301,7 +302,6 @@ class Trainer:
     def _restore(self) -> None:
         folder = existing(self.run / LAST)
         try:
-            self.model.load_state_dict(load_checkpoint(folder).state_dict())
             progress = read_state(folder, self.model, self.optimizer)
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split()[:40])  # PyTorch lists every key

@@ -178,11 +178,3 @@ def test_opcheck(device):
     w = torch.randn(3).to(device).requires_grad_()
     temperatures = [torch.randn(1).to(device).requires_grad_() for _ in range(2)]
     torch.library.opcheck(torch.ops.esl_fast.degrees_scales.default, (w, *temperatures, True, True, True))
-
-
-def test_errors(device):
-    units, matrices, scales = problem(3, [4, 2], torch.float32, device)
-    with pytest.raises(ValueError, match="d_k"):
-        kernels.fold(units, matrices[:1], scales[:1], "text")
-    with pytest.raises(ValueError, match="temperatures"):
-        kernels.degrees_scales(torch.randn(3).to(device), torch.randn(2).to(device), torch.randn(1).to(device))

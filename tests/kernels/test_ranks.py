@@ -125,10 +125,3 @@ def test_registration(device):
     torch.library.opcheck(retrieval_ranks.registered, args)
     compiled = torch.compile(lambda *x: retrieval_ranks(*x)[0] + 1, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*args), retrieval_ranks(*args)[0] + 1)
-
-
-def test_errors(device):
-    a = units(4, 8, device)
-    for owners in (torch.zeros(3, dtype=torch.int64, device=device), torch.zeros(4, device=device)):
-        with pytest.raises(ValueError, match="expected integer owners"):
-            retrieval_ranks(a, a, owners)

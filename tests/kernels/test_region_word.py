@@ -290,12 +290,3 @@ def test_far_apart(device):
             3, 2, 0, block.first, 1, 6, WORDS=block.words, IMAGES=4, LENGTHS=False, EXACT=True,
         )  # fmt: skip
     assert relative_error(wide, reference.region_word_similarity(*exact, word_lengths)) < 1e-6
-
-
-def test_bad_input(device):
-    units = torch.zeros(2, 3, 4, device=device)
-    smooth, lengths = torch.tensor(1.0, device=device), torch.tensor([1, 1])
-    with pytest.raises(TypeError, match="float64"):
-        kernel.region_word_similarity(units.double(), units.double(), smooth, lengths)
-    with pytest.raises(ValueError, match="129 words"):
-        kernel.region_word_similarity(units, units.new_zeros(2, 129, 4), smooth, lengths)

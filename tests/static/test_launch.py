@@ -8,6 +8,7 @@ import torch
 from triton.backends.compiler import BaseBackend
 
 from esl_fast.kernels import _launch
+from esl_fast.kernels._common import OPTIONS
 
 MEMORY = torch.zeros(256)
 ARGUMENTS = [
@@ -62,7 +63,7 @@ def test_a_kernel_is_found_again(monkeypatch):
         _launch.launch(kernel, (3, 1, 1), arguments, constants | changed)
         return calls[0]
 
-    assert launch(MEMORY, 32) == ("kernel", (3, 1, 1), (MEMORY, 32), constants)
+    assert launch(MEMORY, 32) == ("kernel", (3, 1, 1), (MEMORY, 32), constants | OPTIONS)
     assert launch(MEMORY[4:], 48)[0] == "compiled"
     name, grid, arguments, options = launch(MEMORY, 32)
     assert (name, grid, arguments[1:], options) == ("compiled", (3, 1, 1), (32, (4, 2), 64), {})
