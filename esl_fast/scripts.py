@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import yaml
 
@@ -40,7 +41,33 @@ def reporting_errors(run: Callable[[], int]) -> int:
 def _message(error: Exception) -> str:
     """What it says; of an error in a loader's worker process the last line, which the traceback there ends with."""
     text = str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return f"{text}; pip install 'esl_fast[train]'"
     return text.strip().splitlines()[-1].partition(": ")[2] if "in DataLoader worker process" in text else text
+
+
+def program(script: str) -> str:
+    """Name of what was started: ``script``, or its installed command."""
+    started = Path(sys.argv[0]).name
+    return started if started.startswith("esl-") else script
+
+
+def read_options(path: Path) -> dict[str, Any]:
+    """Options in a YAML file. Raises ValueError naming a file that holds none."""
+    try:
+        options = yaml.safe_load(path.read_text())
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} holds no options")
+    return options
+
+
+def check_given(options: Any) -> None:
+    """ValueError naming the first option of a dataclass that a file sets to null, and that cannot be."""
+    for field in fields(options):
+        if getattr(options, field.name) is None and NoneType not in get_args(field.type):
+            raise ValueError(f"{field.name} is null; leave it out for its default")
 
 
 def check_least(options: Any, least: dict[str, float]) -> None:
@@ -72,7 +99,7 @@ def config_first(argv: Sequence[str]) -> list[str]:
 
 
 def _config_with_underscores(before: str, arg: str) -> str:
-    """The same for the keys of a YAML file, where ``--config`` gives one that has hyphens in them."""
+    """An argument of ``--config`` as it is, or as inline JSON with underscores if keys of its file have hyphens."""
     option, _, path = arg.partition("=") if arg.startswith("--config=") else (before, "", arg)
     if option != "--config" or not os.path.isfile(path):
         return arg
@@ -80,7 +107,8 @@ def _config_with_underscores(before: str, arg: str) -> str:
         options = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return arg  # the parser says what is wrong
-    if not isinstance(options, dict) or not any("-" in str(key) for key in options):
+    options = {} if options is None else options  # of comments alone
+    if not isinstance(options, dict) or (options and not any("-" in str(key) for key in options)):
         return arg
     renamed = {str(key).replace("-", "_"): value for key, value in options.items()}
     if len(renamed) < len(options):

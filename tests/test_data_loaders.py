@@ -360,6 +360,12 @@ def test_pixel_modes_become_rgb(tmp_path, image, expected):
     assert (decoded.mode, decoded.size, decoded.getpixel((0, 0))) == ("RGB", (6, 4), expected)
 
 
+def test_32_bits_of_8(tmp_path):
+    for value, expected in ((130, 130), (130 << 8, 130)):
+        Image.fromarray(np.full((4, 6), value, dtype=np.int32)).save(tmp_path / "x.tif")
+        assert ImageFiles([tmp_path / "x.tif"])[0].getpixel((0, 0)) == (expected,) * 3
+
+
 def test_cmyk_and_exif_orientation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -407,6 +413,12 @@ def test_feature_file_errors(tmp_path):
 def test_non_finite_features(tmp_path):
     array = np.zeros((9, 2), np.float32)
     array[3, 1] = np.nan
+    data = load_dataset("features", features_of(tmp_path, array))
+    with pytest.raises(DataError, match=r"no number at all"):
+        load_dataset("features", features_of(tmp_path, array[:, :0]))
+    data = load_dataset("features", features_of(tmp_path, np.where(np.isnan(array), 1e300, array.astype(np.float64))))
+    with pytest.raises(DataError, match=r"x.npy: row 3 .* float32 cannot hold"):
+        data.train.images[3]
     data = load_dataset("features", features_of(tmp_path, array))
     with pytest.raises(DataError, match=r"x.npy: row 3 holds NaN or infinite"):
         data.train.images[3]

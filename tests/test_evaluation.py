@@ -192,6 +192,7 @@ def test_checkpoints_may_follow_one_option_or_several():
     assert collect_checkpoints(["--checkpoint", "a", "b", "--split=val"]) == both
     assert collect_checkpoints(["--checkpoint", "a", "--split=val", "--checkpoint=b"]) == both
     assert collect_checkpoints(["--checkpoint=[a, 'b']", "--split=val"]) == both
+    assert collect_checkpoints(["--checkpoint=a", "b", "--split=val"]) == both
 
 
 def test_a_file_names_one_checkpoint_or_several(tmp_path):

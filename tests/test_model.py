@@ -169,6 +169,13 @@ def test_configuration_from_a_file(tmp_path):
     config = towers.open_clip_config(str(path))
     assert {key: config[key] for key in clip_config()} == clip_config()
     MatchingModel(ModelConfig(clip=config, num_levels=2))
+    for content, message in (("{", "not JSON"), ("[]", "without embed_dim, text_cfg, vision_cfg")):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            towers.open_clip_config(str(path))
+    for wrong in ({"text_cfg": TEXT | {"heads": 7}}, {"vision_cfg": None}):
+        with pytest.raises(ValueError, match="open_clip cannot build"):
+            towers.build_clip(clip_config(**wrong))
 
 
 @pytest.mark.parametrize(

@@ -463,10 +463,10 @@ def test_incomplete_official_checkpoints(official_file, part, missing):
 
 def test_bert_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
-        sequence_towers.read_bert(str(tmp_path))
+        sequence_towers.read_bert_folder(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 24, "architectures": ["x"]}))
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\ndog\n")
-    bert, has_weights = sequence_towers.read_bert(str(tmp_path))
+    bert, has_weights = sequence_towers.read_bert_folder(str(tmp_path))
     assert (bert["config"], has_weights) == ({"hidden_size": 24}, False)
     assert sequence_towers.bert_special_tokens(bert) == (2, 3, 4)
     official = {"config": {"vocab_size": 7}, "vocabulary": None}
@@ -478,11 +478,28 @@ def test_bert_folder(tmp_path):
     with pytest.raises(ValueError, match=r"BERT's vocabulary lacks \[MASK\]"):
         sequence_towers.bert_special_tokens({"vocabulary": ["[CLS]", "[SEP]", "a"]})
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is no JSON"):
-        sequence_towers.read_bert(str(tmp_path))
+    with pytest.raises(ValueError, match=r"config\.json is no BERT's configuration"):
+        sequence_towers.read_bert_folder(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(SIZES | {"vocab_size": 3}))
+    with pytest.raises(ValueError, match=r"vocab\.txt has 7 entries, vocab_size is 3"):
+        sequence_towers.read_bert_folder(str(tmp_path))
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[CLS]\n[SEP]\n")
+    with pytest.raises(ValueError, match=r"expected \[PAD\] first, and \[UNK\]"):
+        sequence_towers.read_bert_folder(str(tmp_path))
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(ValueError, match="model_type is 'gpt2'"):
-        sequence_towers.read_bert(str(tmp_path))
+        sequence_towers.read_bert_folder(str(tmp_path))
+
+
+def test_half_a_bert(tmp_path):
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(json.dumps(SIZES | {"model_type": "bert"}))
+    (tmp_path / "model.safetensors").write_bytes(b"half a download")
+    with pytest.raises(ValueError, match=f"no BERT can be made of {tmp_path}"):
+        sequence_towers.BertTokens({}, 4, str(tmp_path))
+    with pytest.raises(ValueError, match=r"no BERT can be made of .*zzz"):
+        sequence_towers.BertTokens(SIZES | {"hidden_act": "zzz"}, 4)
 
 
 def test_real_bert(tmp_path):

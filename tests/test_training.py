@@ -756,6 +756,44 @@ def test_bad_input_is_one_line(argv, message, tmp_path, capsys):
     assert not list(tmp_path.iterdir())  # no run's folder stays behind
 
 
+@pytest.mark.parametrize("option", ["dataset", "recipe", "grad_clip", "loss", "epochs"])
+def test_an_option_that_cannot_be_null(option, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{option}: null\n")
+    with pytest.raises(ValueError, match=f"{option} is (null|None)"):
+        parse([f"--config={file}"])
+    file.write_text(f"# {option}\n")
+    assert parse([f"--config={file}"]) == parse([])
+
+
+def test_another_folder_has_files_of_its_own(features_root, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(features_root, other)
+    np.save(other / "image_features.npy", np.load(other / "image_features.npy")[::-1])
+    named = {"features": features_root / "image_features.npy", "annotations": features_root / "dataset_tiny.json"}
+    files = [f"--{name}={path}" for name, path in named.items()]
+    assert main(options(features_root, tmp_path, "--epochs=1", *files)) == 0
+    results = []
+    for more in ([], [f"--data-root={other}"], [f"--data-root={other}", "--dataset=features"]):
+        argv = [f"--checkpoint={tmp_path / 'run' / 'best'}", f"--output={tmp_path / 'metrics.json'}", *more]
+        assert evaluate_main(argv) == 0
+        results.append(json.loads((tmp_path / "metrics.json").read_text()))
+    assert results[0]["metrics"] != results[1]["metrics"] == results[2]["metrics"]
+    assert (results[1]["data_root"], results[1]["features"], results[1]["rerank"]) == (str(other), None, None)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("", "holds no options"), ("a: [", "cannot be read as YAML"), ("dataset: regionz", "dataset: regionz; accepted")],
+)
+def test_a_run_whose_options_are_damaged(content, message, tmp_path, capsys):
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "config.json").write_text("{}")
+    (tmp_path / "train.yaml").write_text(content)
+    assert evaluate_main([f"--checkpoint={tmp_path / 'best'}"]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_config_file_is_overridden_by_the_command_line(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("dataset: features\nepochs: 7\nlr: 0.5\n")

@@ -30,7 +30,10 @@ class ImageFiles:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # convert() would clip 16-bit values at 255, which turns them white
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        values = np.asarray(image)
+        if image.mode != "I" or values.max() > 255:  # 32 bits may hold values of 8
+            values = values >> 8
+        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
     if "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
@@ -49,6 +52,8 @@ class MappedArray:
         if self._array.ndim != ndim:
             axes = "images x features" if ndim == 2 else "images x regions x features"
             raise DataError(f"{path}: expected {ndim} axes ({axes}), found shape {self._array.shape}")
+        if not self.feature_dim:
+            raise DataError(f"{path}: shape {self._array.shape} holds no number at all")
         if not np.issubdtype(self._array.dtype, np.floating):
             raise DataError(f"{path}: expected floating-point numbers, found {self._array.dtype}")
 
@@ -60,10 +65,12 @@ class MappedArray:
         return len(self._array)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """A copy of one row; raises DataError naming file and row where it holds a NaN or an infinity."""
+        """A copy of one row; raises DataError naming file and row where it holds what is no finite float32."""
         row = np.array(self._array[index])
-        if not np.isfinite(row).all():
-            raise DataError(f"{self.path}: row {index} holds NaN or infinite values")
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(row.astype(np.float32, copy=False)).all()
+        if not finite:
+            raise DataError(f"{self.path}: row {index} holds NaN or infinite values, or such that float32 cannot hold")
         return row
 
     def __getstate__(self) -> dict:

@@ -97,7 +97,8 @@ def _image_folder(
     if image_root is not None:
         return existing_folder(image_root, "image_root")
     root = path.parent if root is None else existing_folder(root, "root")
-    files = [_relative_path(entry) for entry in entries if isinstance(entry, dict) and "filename" in entry]
+    named = (entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("filename"), str))
+    files = [_relative_path(entry) for entry in named]
     candidates = [root / name for name in ("flickr30k-images", "flickr30k_images", "images")] + [root]
     best = max(candidates, key=lambda folder: sum(folder / file in index for file in files))
     if files and not any(best / file in index for file in files):

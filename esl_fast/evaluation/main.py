@@ -11,13 +11,26 @@ from typing import Literal
 
 import yaml
 
+from esl_fast.data import LOADERS
 from esl_fast.evaluation.protocol import evaluate
 from esl_fast.evaluation.report import table
 from esl_fast.model import MatchingModel, ModelConfig, load_checkpoint
 from esl_fast.model.checkpoint import checkpoint_at
 from esl_fast.model.sequence_towers import give_vocabulary
 from esl_fast.model.towers import open_clip_config, pick_device
-from esl_fast.scripts import OPTIONS_FILE, build_data, check_least, config_first, reporting_errors, with_underscores
+from esl_fast.scripts import (
+    OPTIONS_FILE,
+    build_data,
+    check_given,
+    check_least,
+    config_first,
+    program,
+    read_options,
+    reporting_errors,
+    with_underscores,
+)
+
+FILES = ("data_root", "image_root", "annotations", "features")  # of a data set
 
 
 @dataclass
@@ -72,19 +85,20 @@ class EvaluateConfig:
     save_similarity: str | None = None
 
     def __post_init__(self) -> None:
+        check_given(self)
         if isinstance(self.checkpoint, str):
             self.checkpoint = [self.checkpoint]
         check_least(self, {"batch_size": 1, "workers": 0, "rerank": 1})
         if bool(self.checkpoint) == (self.model is not None):
             raise ValueError("what should be evaluated? Give either --checkpoint or --model with --pretrained")
-        if (self.model is None) != (self.pretrained is None):
+        if (self.model is None) != (self.pretrained in (None, "none", "None", "")):
             raise ValueError("--model and --pretrained go together: an architecture and its weights")
 
 
 def parse(argv: Sequence[str]) -> EvaluateConfig:
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog="train/evaluate.py", description=EvaluateConfig.__doc__.splitlines()[0])
+    parser = ArgumentParser(prog=program("train/evaluate.py"), description=EvaluateConfig.__doc__.splitlines()[0])
     parser.add_argument("--config", action="config", help="YAML file of options; the command line overrides it.")
     parser.add_class_arguments(EvaluateConfig, as_group=False)
     argv = collect_checkpoints(config_first(with_underscores(argv, EvaluateConfig)))
@@ -98,7 +112,7 @@ def collect_checkpoints(argv: Sequence[str]) -> list[str]:
     rest, paths, taking = [], [], False
     for arg in argv:
         if arg.startswith("-"):
-            taking = arg == "--checkpoint"
+            taking = arg.partition("=")[0] == "--checkpoint"
             if arg.startswith("--checkpoint="):
                 paths += _listed(arg.partition("=")[2])
             elif not taking:
@@ -172,8 +186,7 @@ def run(config: EvaluateConfig) -> int:
         "checkpoints": config.checkpoint,
         "model": config.model,
         "pretrained": config.pretrained,
-        "dataset": config.dataset,
-        "split": config.split,
+        **{name: getattr(config, name) for name in ("dataset", *FILES, "split", "precision", "rerank", "shortlist")},
         "skipped": data.skipped,
     }
     print(f"{config.dataset} {config.split}, {result['images']} images x {result['captions']} captions")
@@ -192,9 +205,13 @@ def _data_of_run(config: EvaluateConfig) -> dict[str, str]:
     options = checkpoint_at(config.checkpoint[0]).parent / OPTIONS_FILE if config.checkpoint else None
     if options is None or not options.is_file():
         raise ValueError("no run says which data set: name it with --dataset")
-    told = yaml.safe_load(options.read_text())
-    names = ("dataset", "data_root", "image_root", "annotations", "features")
-    return {name: told[name] for name in names if getattr(config, name) is None and told.get(name) is not None}
+    told = read_options(options)
+    if told.get("dataset") not in LOADERS:
+        raise ValueError(f"{options} says dataset: {told.get('dataset')}; accepted: {', '.join(LOADERS)}")
+    # Another folder has files of its own.
+    names = FILES if config.data_root is None else ()
+    found = {name: told[name] for name in names if getattr(config, name) is None and told.get(name) is not None}
+    return found | {"dataset": told["dataset"]}
 
 
 def check_writable(option: str, path: Path) -> None:

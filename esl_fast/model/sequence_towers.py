@@ -118,10 +118,14 @@ class BertTokens(nn.Module):
     def __init__(self, config: dict[str, Any], embed_dim: int, weights: str | None = None) -> None:
         super().__init__()
         bert = transformers().BertModel
-        if weights is None:
-            self.bert = bert(transformers().BertConfig(**config), add_pooling_layer=False)
-        else:
-            self.bert = bert.from_pretrained(weights, add_pooling_layer=False)
+        try:
+            if weights is None:
+                self.bert = bert(transformers().BertConfig(**config), add_pooling_layer=False)
+            else:
+                self.bert = bert.from_pretrained(weights, add_pooling_layer=False)
+        except Exception as error:  # of a dozen types, for sizes that do not fit and for half a file
+            told = " ".join(str(error).split())
+            raise ValueError(f"no BERT can be made of {weights or config}: {type(error).__name__}: {told}") from error
         self.linear = nn.Linear(self.bert.config.hidden_size, embed_dim)
 
     @staticmethod
@@ -143,7 +147,7 @@ def transformers() -> Any:
     return transformers
 
 
-def read_bert(folder: str) -> tuple[dict[str, Any], bool]:
+def read_bert_folder(folder: str) -> tuple[dict[str, Any], bool]:
     """Configuration and vocabulary of a local BERT folder, and whether it holds weights.
 
     Raises FileNotFoundError or ValueError saying what is missing.
@@ -154,19 +158,28 @@ def read_bert(folder: str) -> tuple[dict[str, Any], bool]:
             raise FileNotFoundError(f"{path} is no folder of a BERT model: it has no {name}")
     try:
         config = json.loads((path / "config.json").read_text())
+        if not isinstance(config, dict):
+            raise ValueError(f"a {type(config).__name__}, not an object")
     except ValueError as error:
-        raise ValueError(f"{path / 'config.json'} is no JSON: {error}") from error
+        raise ValueError(f"{path / 'config.json'} is no BERT's configuration: {error}") from error
     if config.get("model_type", "bert") != "bert":
         raise ValueError(f"{path / 'config.json'}: model_type is {config['model_type']!r}; expected 'bert'")
     sizes = {key: config[key] for key in BERT_SIZES if key in config}
-    vocabulary = (path / "vocab.txt").read_text(encoding="utf-8").split("\n")
+    try:
+        vocabulary = [word for word in (path / "vocab.txt").read_text(encoding="utf-8").split("\n") if word]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path / 'vocab.txt'} is not UTF-8 text: {error}") from error
+    if vocabulary[:1] != ["[PAD]"] or not {"[UNK]", "[CLS]", "[SEP]"} <= set(vocabulary):
+        raise ValueError(f"{path / 'vocab.txt'} is no BERT's: expected [PAD] first, and [UNK], [CLS] and [SEP]")
+    if len(vocabulary) > sizes.get("vocab_size", len(vocabulary)):
+        raise ValueError(f"{path / 'vocab.txt'} has {len(vocabulary)} entries, vocab_size is {sizes['vocab_size']}")
     has_weights = any((path / name).is_file() for name in ("model.safetensors", "pytorch_model.bin"))
-    return {"config": sizes, "vocabulary": [word for word in vocabulary if word]}, has_weights
+    return {"config": sizes, "vocabulary": vocabulary}, has_weights
 
 
 def give_vocabulary(bert: dict[str, Any], folder: str) -> None:
     """Add the vocabulary in a folder to a BERT without one. Raises ValueError if it is not this BERT's."""
-    given, known = read_bert(folder)[0]["vocabulary"], bert["config"].get("vocab_size")
+    given, known = read_bert_folder(folder)[0]["vocabulary"], bert["config"].get("vocab_size")
     if bert.get("vocabulary") not in (None, given) or (known is not None and len(given) > known):
         raise ValueError(f"bert is {folder}, whose vocabulary of {len(given)} is not that of the checkpoint")
     bert["vocabulary"] = given
@@ -188,7 +201,13 @@ def _pretrained_tokenizer(bert: dict[str, Any]) -> Any:
     """
     library = transformers().AutoTokenizer
     if bert.get("vocabulary") is None:
-        return library.from_pretrained("bert-base-uncased")
+        try:
+            return library.from_pretrained("bert-base-uncased")
+        except OSError as error:
+            raise OSError(
+                "an official checkpoint has no vocabulary, and that of bert-base-uncased cannot be had from the "
+                "Hugging Face hub: name a folder that holds it with --bert"
+            ) from error
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "vocab.txt").write_text("\n".join(bert["vocabulary"]), encoding="utf-8")
         (Path(folder) / "config.json").write_text('{"model_type": "bert"}')

@@ -98,14 +98,17 @@ def open_clip_config(model: str, pretrained: str | None = None) -> dict[str, Any
     Raises ValueError for an unknown name.
     """
     path = next((p for p in (Path(model), CONFIGS / f"{model}.json") if p.suffix == ".json" and p.is_file()), None)
-    config = json.loads(path.read_text()) if path else open_clip.get_model_config(model)
+    try:
+        config = json.loads(path.read_text()) if path else open_clip.get_model_config(model)
+    except ValueError as error:
+        raise ValueError(f"model is {model!r}: not JSON: {error}") from error
     if config is None:
         shipped = sorted(p.stem for p in CONFIGS.glob("*.json"))
         raise ValueError(
             f"model is {model!r}: not an open_clip architecture (see open_clip.list_models()), "
             f"a .json file, or one of {', '.join(shipped)}"
         )
-    missing = {"embed_dim", "vision_cfg", "text_cfg"} - config.keys()
+    missing = {"embed_dim", "vision_cfg", "text_cfg"} - (config.keys() if isinstance(config, dict) else set())
     if missing:
         raise ValueError(f"model is {model!r}: a configuration without {', '.join(sorted(missing))}")
     if "multimodal_cfg" in config:
@@ -156,7 +159,12 @@ def build_clip(config: dict[str, Any], model: str = "", pretrained: str | None =
 
     Random unless ``pretrained`` is a tag of ``model`` or a file in open_clip's or OpenAI's format.
     """
-    clip = open_clip.CustomTextCLIP(**{key: value for key, value in config.items() if key != "preprocess"})
+    try:
+        clip = open_clip.CustomTextCLIP(**{key: value for key, value in config.items() if key != "preprocess"})
+    except ImportError:
+        raise
+    except Exception as error:  # of a dozen types, for sizes that do not fit and names that are not known
+        raise ValueError(f"open_clip cannot build {model or config}: {type(error).__name__}: {error}") from error
     if pretrained and Path(pretrained).is_file():
         try:
             _load_file(clip, pretrained)

@@ -80,6 +80,7 @@ def fold(
         TypeError, ValueError: wrong types, shapes, side or devices.
     """
     checks.floating("units", units)
+    checks.floating("scales", scales)
     checks.one_of("side", side, SIDES)
     width = sum(m.shape[0] for m in matrices)
     if units.shape[-1] != width or scales.shape != (len(matrices),):

@@ -60,7 +60,7 @@ def _new(config: TrainConfig, data: DataSet) -> MatchingModel:
     if config.text_tower == "bert":
         if config.bert is None:
             raise ValueError("text_tower is 'bert': say with --bert in which folder it lies, or choose another tower")
-        bert, has_weights = sequence_towers.read_bert(config.bert)
+        bert, has_weights = sequence_towers.read_bert_folder(config.bert)
         bert_weights = config.bert if has_weights else None
     if config.text_tower in ("bag", "words"):
         vocabulary = towers.KnownTokens.vocabulary_of(tokenized(data.train, towers.make_tokenizer(clip)))
@@ -84,6 +84,7 @@ def _new(config: TrainConfig, data: DataSet) -> MatchingModel:
     )
     if vocabulary is not None:
         model.text_tower.know(vocabulary)
+    model.check_fits(data.image_kind, data.feature_dim)
     return model
 
 

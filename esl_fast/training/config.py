@@ -14,7 +14,15 @@ from esl_fast.data.regions import CAPTIONS_PER_IMAGE
 from esl_fast.files import replace_text
 from esl_fast.model.checkpoint import load_checkpoint
 from esl_fast.model.heads import REGION_WORD_SIMILARITIES, SIMILARITIES
-from esl_fast.scripts import OPTIONS_FILE, check_least, config_first, with_underscores
+from esl_fast.scripts import (
+    OPTIONS_FILE,
+    check_given,
+    check_least,
+    config_first,
+    program,
+    read_options,
+    with_underscores,
+)
 from esl_fast.training.runs import find_run
 
 RECIPES = Path(__file__).with_name("recipes")
@@ -22,8 +30,8 @@ RECIPES = Path(__file__).with_name("recipes")
 RECIPE_OF = {"synthetic": "synthetic", "features": "features"}
 # Images in a region set from which on the official recipe is its default.
 LARGE = 10_000
-# Options that may be a file or, but for the last two, which may be names, a folder.
-PATHS = ("data_root", "image_root", "annotations", "features", "bert", "checkpoint", "model", "pretrained")
+PATHS = ("data_root", "image_root", "annotations", "features", "bert", "checkpoint")  # of a file or a folder
+NAMES = ("model", "pretrained")  # or the path of a file
 # Options that a checkpoint sets.
 OF_MODEL = ("similarity", "kernel_size", "num_levels", "text_tower", "embed_dim")
 
@@ -36,15 +44,16 @@ class TrainConfig:
         dataset: synthetic (drawn on the spot, needs no files), flickr30k, coco, karpathy (any Karpathy file with an
             image folder), features (a Karpathy file with precomputed image features) or regions (precomputed region
             features).
-        recipe: Defaults of all other options: auto (by data set), official, features, synthetic,
-            region-word (the paper's, with BERT) or regions (fast, for small data).
+        recipe: Defaults of all other options, which --help shows for the data set given: auto (by data set), official,
+            features, synthetic, region-word (the paper's, with BERT) or regions (fast, for small data).
         data_root: Folder of the data set.
         image_root: Folder of the images, where it is not the usual one under data_root.
         annotations: Annotation file, where it is not the usual one under data_root.
         features: .npy file of precomputed image features, where data_root holds more than one.
         on_error: What an unreadable image or record does: raise names it and stops, skip leaves it out and counts.
         checkpoint: Start from this model, a folder saved by training or an official .pth file, in place of a new one:
-            its options of the model hold. Another similarity, kernel_size or num_levels puts a new head on its towers.
+            its options of the model hold. Another similarity, kernel_size or num_levels puts a new head on its towers
+            (not so between global and region-word similarities of pictures, whose towers differ).
         similarity: esl-heuristic, esl-adaptive, cosine (the baseline), region-word-heuristic or region-word-adaptive.
         kernel_size: ESL: a level has 1/kernel_size of its predecessor's units.
         num_levels: ESL: levels beyond the embedding itself.
@@ -89,7 +98,7 @@ class TrainConfig:
         seed: Of initialisation, order and augmentation.
         deterministic: Use deterministic algorithms only (slower on a GPU; on a CPU runs repeat bit by bit anyway).
         logs: Folder that holds the runs.
-        name: Name of this run's folder; by default made of data set, similarity and time.
+        name: Name of this run's folder; by default made of data set, similarity, seed and time.
         resume: latest or a run's folder: continue that run where it stopped, with its configuration; options given
             beside it override. On the command line only.
         log_every: Steps between two lines of metrics.jsonl.
@@ -150,6 +159,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.pretrained in ("", "none", "None"):
             self.pretrained = None
+        check_given(self)
         check_least(self, {
             "epochs": 1, "batch_size": 2, "accum_freq": 1, "evals_per_epoch": 1, "patience": 0, "workers": 0,
             "eval_batch_size": 1, "log_every": 1, "lr": 0, "head_lr": 0, "wd": 0, "grad_clip": 0, "warmup": 0,
@@ -184,9 +194,9 @@ class TrainConfig:
     def save(self, run: Path) -> None:
         """As a file for ``--config``, which starts another run like this one, from any folder."""
         options = self.to_dict() | {"resume": None, "name": None}
-        for name in PATHS:
+        for name in PATHS + NAMES:
             value = options[name]
-            if value and (os.path.isfile(value) or (os.path.isdir(value) and name not in PATHS[-2:])):
+            if value and (os.path.isfile(value) or (name in PATHS and os.path.isdir(value))):
                 options[name] = os.path.abspath(value)
         replace_text(run / OPTIONS_FILE, yaml.safe_dump(options, sort_keys=False))
 
@@ -195,14 +205,10 @@ def _options_of(run: Path) -> Path:
     path = run / OPTIONS_FILE
     if not path.is_file():
         raise FileNotFoundError(f"cannot resume {run}: its options are gone, {path} is not there")
-    unknown = load_yaml(path).keys() - {field.name for field in fields(TrainConfig)}
+    unknown = read_options(path).keys() - {field.name for field in fields(TrainConfig)}
     if unknown:
         raise ValueError(f"{path} has an option that is none: {', '.join(sorted(unknown))}")
     return path
-
-
-def load_yaml(path: Path) -> dict[str, Any]:
-    return yaml.safe_load(path.read_text()) or {}
 
 
 def recipe_name(dataset: str, data_root: str | None = None, bert: str | None = None) -> str:
@@ -223,7 +229,8 @@ def _images_in(data_root: str | None) -> int:
         return 0
 
 
-def _defaults(asked: Any) -> dict[str, Any]:
+def _recipe_of(asked: Any) -> tuple[str, dict[str, Any]]:
+    """Name of the recipe that is asked for, and the defaults that it sets."""
     name = asked.recipe
     if name == "auto":
         name = recipe_name(asked.dataset, asked.data_root, asked.bert)
@@ -231,7 +238,7 @@ def _defaults(asked: Any) -> dict[str, Any]:
     if not path.is_file():
         known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
         raise ValueError(f"recipe is {name!r}; accepted: auto, {known}")
-    return load_yaml(path) | {"recipe": name}
+    return name, read_options(path)
 
 
 def _options_in(checkpoint: str) -> dict[str, Any]:
@@ -250,7 +257,7 @@ def parse(argv: Sequence[str]) -> TrainConfig:
     argv = config_first(with_underscores(argv, TrainConfig))
 
     def parser(**kwargs: Any) -> ArgumentParser:
-        parser = ArgumentParser(prog="train/run.py", description=TrainConfig.__doc__.splitlines()[0], **kwargs)
+        parser = ArgumentParser(prog=program("train/run.py"), description=TrainConfig.__doc__.splitlines()[0], **kwargs)
         parser.add_argument("--config", action="config", help="YAML file of options; the command line overrides it.")
         parser.add_class_arguments(TrainConfig, as_group=False)
         return parser
@@ -264,9 +271,9 @@ def parse(argv: Sequence[str]) -> TrainConfig:
         if asked.resume and any(arg.partition("=")[0] == option for arg in argv):
             raise ValueError(f"{option} is of a new run; --resume goes on with an old one, in its folder")
     run = find_run(asked.resume, asked.logs) if asked.resume else None
-    final = parser()
+    final, defaults = parser(), {}
     if run is None:
-        defaults = _defaults(asked)
+        recipe, defaults = _recipe_of(asked)
         if asked.checkpoint is not None:
             defaults |= _options_in(asked.checkpoint)
         final.set_defaults(defaults)
@@ -274,11 +281,13 @@ def parse(argv: Sequence[str]) -> TrainConfig:
         argv = [f"--config={_options_of(run)}", *argv]
     options = final.parse_args(argv).as_dict()
     options.pop("config", None)
+    if run is None:
+        options["recipe"] = recipe
     if options["text_tower"] == "open_clip" and "embed_dim" not in given:
         options["embed_dim"] = None  # a recipe's is for towers that do not set it
     config = TrainConfig(**options | {"resume": run and str(run)})
     for name, reason in without_effect(config):
-        if name in given and getattr(config, name) != getattr(TrainConfig, name):
+        if name in given and getattr(config, name) not in (getattr(TrainConfig, name), defaults.get(name)):
             warnings.warn(f"{name} has no effect: {reason}", stacklevel=2)
     return config
 

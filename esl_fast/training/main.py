@@ -7,13 +7,12 @@ import time
 import warnings
 from collections.abc import Sequence
 from datetime import datetime
-from pathlib import Path
 
 import esl_fast
 from esl_fast.evaluation import table
 from esl_fast.files import existing
 from esl_fast.model.towers import pick_device
-from esl_fast.scripts import build_data, reporting_errors
+from esl_fast.scripts import build_data, program, reporting_errors
 from esl_fast.training.build import build_model, seed_everything
 from esl_fast.training.config import TrainConfig, parse
 from esl_fast.training.interrupt import Interrupted
@@ -24,12 +23,6 @@ from esl_fast.training.trainer import Trainer
 def main(argv: Sequence[str] | None = None) -> int:
     """Train from command-line arguments; returns the exit status."""
     return reporting_errors(lambda: train(parse(sys.argv[1:] if argv is None else argv)))
-
-
-def command() -> str:
-    """How this script was started."""
-    started = Path(sys.argv[0]).name
-    return started if started.startswith("esl-") else "python train/run.py"
 
 
 def train(config: TrainConfig) -> int:
@@ -74,7 +67,7 @@ def train(config: TrainConfig) -> int:
         print(
             f"\nstopped by {interrupt} at step {trainer.step} of {trainer.total_steps}; "
             f"{'saved' if interrupt.saved else 'this step is not saved'}. "
-            f"Continue with: {command()} --resume {run}",
+            f"Continue with: {program('python train/run.py')} --resume {run}",
             file=sys.stderr,
         )
         return 128 + interrupt.signal
