@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Asked once, since torch.compile cannot ask.
+# Looked up at import: torch.compile cannot trace the question.
 DEVICES = frozenset(d for d in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(d))
 
 

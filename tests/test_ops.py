@@ -17,11 +17,13 @@ chains = pytest.mark.parametrize("chain", CHAINS)
 
 
 def random_taps(levels, size=2):
-    return torch.randn(levels, size)
+    return torch.randn(levels, size, generator=torch.Generator().manual_seed(0))
 
 
 def random_matrices(*dims):
-    return [torch.randn(after, before) for before, after in pairwise(dims)]
+    """The same wherever they are drawn, as parameters of tests are while others are collected."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(after, before, generator=generator) for before, after in pairwise(dims)]
 
 
 def defined(x, weights, **options):
@@ -148,7 +150,7 @@ def test_blocks_in_another_thread(weights):
     x = torch.randn(5, 64)
     with torch.no_grad():
         expected = defined(x, weights, chain="raw")
-        of_block = ops.aggregator(weights, torch.float32, chain="raw")
+        of_block = ops.block_units(weights, torch.float32, chain="raw")
         for weight in parameters:
             weight.mul_(-3).add_(1)
     with ThreadPoolExecutor(1) as pool:  # threads begin with gradients
@@ -180,7 +182,7 @@ def test_little_memory_is_kept(monkeypatch, weights):
     monkeypatch.setattr(blocked.aggregate, "BLOCK", 8)
     sizes, empty = [], torch.empty
     monkeypatch.setattr(torch, "empty", lambda size, **options: sizes.append(size) or empty(size, **options))
-    of_block = ops.aggregator(weights, torch.float32, chain="raw")
+    of_block = ops.block_units(weights, torch.float32, chain="raw")
     first, second = torch.randn(2, 83, 64)
     kept = of_block(first)
     of_block(second)
@@ -191,7 +193,7 @@ def test_little_memory_is_kept(monkeypatch, weights):
 
 @pytest.mark.parametrize("weights", [random_taps(3), random_matrices(64, 32, 16, 8)], ids=AGGREGATORS)
 def test_blocks_in_every_mode(weights):
-    of_block, x = ops.aggregator(weights, torch.float32, chain="normalized"), torch.randn(5, 64)
+    of_block, x = ops.block_units(weights, torch.float32, chain="normalized"), torch.randn(5, 64)
     modes = [torch.inference_mode, torch.enable_grad, torch.no_grad, torch.inference_mode]
     found = []
     for mode in modes:
@@ -202,7 +204,7 @@ def test_blocks_in_every_mode(weights):
 
 @pytest.mark.parametrize("weights", [random_taps(3), random_matrices(64, 32, 16, 8)], ids=AGGREGATORS)
 def test_units_of_blocks_last_until_the_next(weights):
-    of_block = ops.aggregator(weights, torch.float32, chain="raw")
+    of_block = ops.block_units(weights, torch.float32, chain="raw")
     for rows in (7, 7, 3, 20, 7, 5, 4, 2, 1, 0, 7):  # more sizes than are kept, growing and shrinking
         of_block(torch.full((rows, 64), torch.nan))  # what is left must not show
         x = torch.randn(rows, 64)

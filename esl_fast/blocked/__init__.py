@@ -1,4 +1,4 @@
-"""PyTorch made fast and memory-bounded: what runs on a CPU."""
+"""PyTorch made fast and memory-bounded: what runs on a CPU, and on a GPU what has no kernel."""
 
 from esl_fast.blocked import (
     aggregate,

@@ -43,7 +43,10 @@ def _row_blocks(
 
 
 def hardest_negatives(similarity: Tensor, image_ids: Tensor | None, text_ids: Tensor | None) -> Hardest:
-    """Of equal scores in a column the first stays; in a row, ``torch.max`` decides."""
+    """The highest negative of each row and column of ``similarity (N, N)``.
+
+    Of equal ones: the first of a column, and of a row what ``torch.max`` picks.
+    """
     n, device = len(similarity), similarity.device
     compute = torch.promote_types(similarity.dtype, torch.float32)
     found = Hardest(

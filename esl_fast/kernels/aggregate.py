@@ -302,8 +302,9 @@ def _combine(
 ):  # fmt: skip
     """``out[:, i] = sum over slots of values[slot, i] * level[:, indices[slot, i]]``.
 
-    ``level`` points to unit 0 of each sample ``(samples, 1)``, units lie ``stride`` apart; ``WRITTEN``: the program has
-    just done so. The longest list bounds the loop, of at most ``SLOTS``. Slots beyond a shorter list hold zeros.
+    ``level`` points to unit 0 of each sample ``(samples, 1)``, units lie ``stride`` apart; ``WRITTEN``: this program
+    has just written them, so a barrier comes first. The longest list bounds the loop, of at most ``SLOTS``. Slots
+    beyond a shorter list hold zeros.
     """
     # What the barrier need not hold back: two slots are all that most lists have.
     unit = tl.arange(0, PADDED)

@@ -39,7 +39,7 @@ def _below(score, bar, SIGNS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "m"])
 def _start_kernel(best, image_ranks, text_ranks, n, m, BLOCK: tl.constexpr):
-    """No image has a caption yet, and every item the rank of one that nothing lies below."""
+    """Where counting starts: no best score yet, images rank M, texts rank N - 1; whatever lies below lowers a rank."""
     item = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     tl.store(best + item, float("-inf"), mask=item < n)
     tl.store(image_ranks + item, m.to(tl.int64) + item * 0, mask=item < n)

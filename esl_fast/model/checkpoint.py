@@ -153,7 +153,7 @@ def model_from_official(state_dict: dict[str, Tensor]) -> MatchingModel:
             clip=config,
         )
     )
-    for key in ("input_resolution", "context_length", "vocab_size"):
+    for key in towers.NOT_WEIGHTS:
         clip.pop(key, None)
     if "logit_scale" not in clip:
         raise ValueError(f"no tensor '{official.CLIP_PREFIX}logit_scale'")

@@ -14,7 +14,7 @@ from esl_fast.model.region_word import RegionWordHead
 from esl_fast.model.scores import InnerProducts
 
 # Methods of a head that somebody may replace on the object.
-REPLACEABLE = ("fold", "image_units", "sides", "text_units", "units_of")
+REPLACEABLE = ("fold", "image_units", "sides", "text_units", "block_units")
 
 
 def nothing_replaced(head: nn.Module) -> bool:
@@ -44,7 +44,7 @@ class Head(nn.Module):
         """Units ``(M, U)`` of text features ``(M, d)``."""
         raise NotImplementedError
 
-    def units_of(self, side: str, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    def block_units(self, side: str, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         """What makes units of block after block of a side's features, on a CPU without gradients.
 
         It may look at weights once and need not check features.
@@ -89,8 +89,8 @@ class Head(nn.Module):
         dtype = torch.promote_types(image_features.dtype, text_features.dtype)
         features = {"image": image_features.to(dtype), "text": text_features.to(dtype)}
         smaller, larger = ("image", "text") if len(image_features) < len(text_features) else ("text", "image")
-        folded = self.fold(self.units_of(smaller, dtype)(features[smaller]), smaller)
-        scores = ops.streamed_similarity(folded, features[larger], self.units_of(larger, dtype), folded_side=smaller)
+        folded = self.fold(self.block_units(smaller, dtype)(features[smaller]), smaller)
+        scores = ops.streamed_similarity(folded, features[larger], self.block_units(larger, dtype), folded_side=smaller)
         # A feature that is not finite shows in every score of its item, which takes no pass over the features.
         if scores.numel() == 0 or not math.isfinite(scores[0].sum() + scores[:, 0].sum()):
             for side, rows in features.items():
@@ -144,7 +144,7 @@ class ESLHead(LevelHead, Head):
         image, text, contribution = self.image, self.text, self.contribution
         degrees = contribution.w, contribution.temp_scale_1, contribution.temp_scale_2
         matrices = tensors_of(contribution.matrices)
-        parameters = [*image.raw(), *text.raw(), *degrees, *matrices]
+        parameters = [*image.tensors(), *text.tensors(), *degrees, *matrices]
         grad = any(tensor.requires_grad for tensor in (image_features, text_features, *parameters))
         if not grad or not ops.in_one_step(image_features, text_features, self.embed_dim, parameters, self._shapes):
             return super()._sides(image_features, text_features)
@@ -161,8 +161,8 @@ class ESLHead(LevelHead, Head):
             normalize=self.normalize,
         )
 
-    def units_of(self, side: str, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        return (self.image if side == "image" else self.text).prepared(dtype)
+    def block_units(self, side: str, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        return (self.image if side == "image" else self.text).block_units(dtype)
 
     @property
     def plain(self) -> bool:

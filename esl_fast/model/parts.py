@@ -55,7 +55,10 @@ class Keeper(nn.Module):
         self._kept = ops.WeightsCache()
 
     def cache(self) -> ops.WeightsCache | None:
-        """None where weights are not what they seem; or where they may be about to change, which drops what is kept."""
+        """None under a compiler or a transform, in training, and where a gradient is wanted.
+
+        The last drops what was kept: the next step may change weights unseen.
+        """
         if self.training or not is_eager():
             return None
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in self.parameters()):
@@ -86,7 +89,7 @@ class Aggregator(Keeper):
         """Weights of levels 1 to L as :func:`esl_fast.ops.aggregate` takes them, and the cache for it."""
         raise NotImplementedError
 
-    def raw(self) -> list[Tensor]:
+    def tensors(self) -> list[Tensor]:
         """All parameters, faster than :meth:`parameters`."""
         raise NotImplementedError
 
@@ -106,16 +109,16 @@ class Aggregator(Keeper):
         weights = weights if levels is None else weights[:levels]
         return ops.aggregate(x, weights, chain=self.chain, normalize=self.normalize, cache=cache)
 
-    def prepared(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        """What makes units of block after block; see :func:`esl_fast.ops.aggregator`."""
+    def block_units(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """What makes units of block after block; see :func:`esl_fast.ops.block_units`."""
         cache = self.cache()
 
         def make(_: Sequence[Tensor] = ()) -> Callable[[Tensor], Tensor]:
             weights, _ = self.levels()
-            return ops.aggregator(weights, dtype, chain=self.chain, normalize=self.normalize, cache=cache)
+            return ops.block_units(weights, dtype, chain=self.chain, normalize=self.normalize, cache=cache)
 
         # Found by the parameters themselves, which saves asking for the taps that are made of them.
-        return make() if cache is None else cache.get(f"aggregator {dtype}", self.raw(), make)
+        return make() if cache is None else cache.get(f"block_units {dtype}", self.tensors(), make)
 
 
 class HeuristicAggregator(Aggregator):
@@ -126,7 +129,7 @@ class HeuristicAggregator(Aggregator):
         self.weight = nn.Parameter(torch.empty(len(dims) - 1, CHANNELS, kernel_size))
         nn.init.uniform_(self.weight, -1 / math.sqrt(kernel_size), 1 / math.sqrt(kernel_size))  # as nn.Conv1d does
 
-    def raw(self) -> list[Tensor]:
+    def tensors(self) -> list[Tensor]:
         return [self.weight]
 
     def levels(self) -> tuple[Tensor, None]:
@@ -149,7 +152,7 @@ class AdaptiveAggregator(Aggregator):
         super().__init__(dims[0], side, normalize=normalize)
         self.weights = nn.ParameterList(torch.randn(after, before) for before, after in pairwise(dims))
 
-    def raw(self) -> list[Tensor]:
+    def tensors(self) -> list[Tensor]:
         return tensors_of(self.weights)
 
     def levels(self) -> tuple[list[Tensor], ops.WeightsCache | None]:

@@ -17,6 +17,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's state dicts
 CONFIGS = Path(__file__).with_name("configs")
 CLIP_VOCABULARY, CLIP_CONTEXT = 49408, 77
 # Start and end of text, the last two entries of CLIP's vocabulary; 0 pads.
@@ -185,7 +186,7 @@ def _load_file(clip: nn.Module, path: str) -> None:
         open_clip.load_checkpoint(clip, path)
         return
     state = torch.jit.load(path, map_location="cpu").float().state_dict()
-    for key in ("input_resolution", "context_length", "vocab_size"):
+    for key in NOT_WEIGHTS:
         state.pop(key, None)
     clip.load_state_dict(open_clip.model.convert_to_custom_text_state_dict(state))
 

@@ -65,7 +65,7 @@ def aggregate(
     return units.view(*x.shape[:-1], units.shape[-1]) if x.ndim != 2 else units
 
 
-def aggregator(
+def block_units(
     weights: Tensor | Sequence[Tensor],
     dtype: torch.dtype,
     *,

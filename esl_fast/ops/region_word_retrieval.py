@@ -87,6 +87,9 @@ def region_word_topk(
     Returns:
         scores ``(Q, k)`` in float32 (or float64) and indices, int64, descending; of equal scores the lower index comes
         first, NaN counts as -inf.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device or lengths; a k below 1; another query.
     """
     device = _check_query(region_units, word_units, k, query)
     smooth = check_region_word(region_units, word_units, smooth, word_lengths, region_lengths, computed_on=device)

@@ -16,8 +16,8 @@ def in_one_step(
 ) -> bool:
     """Whether :func:`sides` serves: eager calls of the kernels, and nothing amiss.
 
-    What is amiss is found, and called by its name, by the ops one by one. Features should be ``width`` wide, and
-    parameters have ``shapes``.
+    False for anything wrong: the ops, one by one, then raise the error. ``width`` and ``shapes`` are what features and
+    parameters must have.
     """
     if torch.compiler.is_compiling() or not isinstance(images, Tensor) or not use_kernels(images):
         return False

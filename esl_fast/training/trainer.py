@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from esl_fast.data import DataError, DataSet, EpochSampler, PairDataset, SizeAugmentation
-from esl_fast.data.pairs import affordable_workers
+from esl_fast.data.pairs import CACHE_BYTES, affordable_workers
 from esl_fast.evaluation import Encoder, evaluate
 from esl_fast.evaluation.protocol import autocast
 from esl_fast.files import existing, replacing
@@ -31,7 +31,7 @@ from esl_fast.training.runs import BEST, LAST, RunLog, read_metrics
 from esl_fast.training.state import read_state, write_state
 
 # What a checkpoint remembers of the trainer itself.
-PROGRESS = (
+REMEMBERED = (
     "step", "steps_per_epoch", "best_rsum", "best_step", "unsaved_rsum", "evals_since_best", "latest_r1",
     "validated_step",
 )  # fmt: skip
@@ -65,7 +65,7 @@ class Trainer:
         self.total_steps = config.epochs * self.steps_per_epoch
         evaluations = min(config.evals_per_epoch, self.steps_per_epoch)
         self.eval_points = {round(k * self.steps_per_epoch / evaluations) for k in range(1, evaluations + 1)}
-        self.validation = Encoder(data.val, config.eval_batch_size, config.workers, cache_bytes=1 << 30)
+        self.validation = Encoder(data.val, config.eval_batch_size, config.workers, cache_bytes=CACHE_BYTES)
         self.step, self.evals_since_best, self.latest_r1 = 0, 0, 0.0
         self.best_rsum, self.best_step, self.unsaved_rsum = -1.0, 0, -1.0
         self.validated_step = -1
@@ -282,7 +282,7 @@ class Trainer:
 
     def _save(self, name: str) -> bool:
         """A checkpoint that replaces its predecessor whole or not at all; a failure must not cost the run."""
-        progress = {name: getattr(self, name) for name in PROGRESS} | {"scaler": self.scaler.state_dict()}
+        progress = {name: getattr(self, name) for name in REMEMBERED} | {"scaler": self.scaler.state_dict()}
         try:
             with replacing(self.run / name) as folder:
                 write_model(self.model, folder)
@@ -312,7 +312,7 @@ class Trainer:
                 f"cannot resume from {folder}: an epoch had {before} steps and now has {now}, "
                 "with another batch_size or other training data"
             )
-        for name in PROGRESS:
+        for name in REMEMBERED:
             setattr(self, name, progress.get(name, getattr(self, name)))
         if progress["scaler"]:
             self.scaler.load_state_dict(progress["scaler"])

@@ -48,7 +48,7 @@ def chosen():
             seen.add(kind)
 
 
-@pytest.mark.parametrize(("module", "case", "target"), chosen())
+@pytest.mark.parametrize(("module", "case", "target"), list(chosen()))
 def test_budget(module, case, target):
     report = inspect.inspect_case(module, case, target)
     assert not report.error, report.error
