@@ -22,7 +22,7 @@ scratch costs 3 x 2.1 GB, 1.3 ms at 4.8 TB/s, in the shadow of the products. On 
 256 x 128 takes 32 Ki exponentials, 2,048 cycles at 16 a cycle, against 16,384 of wgmma.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -306,7 +306,7 @@ def _finish_side(
 @triton.jit(do_not_specialize=["n", "m", "row_groups", "col_groups"])
 def _finish_kernel(
     logit_scale, center, bad, totals, row_parts, col_parts, row_positives, col_positives, row_counts, col_counts,
-    diagonal, weights, row_terms, col_terms, row_targets, col_targets, on_diagonal, losses, besides, center_used, unit,
+    diagonal, weights, losses, row_terms, col_terms, row_targets, col_targets, on_diagonal, besides, center_used, unit,
     n, m, row_groups, col_groups, MODE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Losses, and what :func:`_gradient_kernel` needs; G's diagonal with its targets taken off (where ids do not say
@@ -447,6 +447,19 @@ def _weights(row_counts: Tensor, col_counts: Tensor) -> Tensor:
     return 1.0 / owned.clamp(min=1).to(torch.float32)
 
 
+class Saved(NamedTuple):
+    """What the forward leaves to the backward, whose G is the gradient to the products; see the kernels."""
+
+    row_terms: Tensor  # (N,)
+    col_terms: Tensor  # (M,)
+    row_targets: Tensor  # (N,)
+    col_targets: Tensor  # (M,)
+    on_diagonal: Tensor  # (N,), of G; of none where ids say what is positive
+    besides: Tensor  # (parts,), what was taken off there times the scores
+    center: Tensor  # ()
+    unit: Tensor  # (), what G is a multiple of
+
+
 @op("contrastive_forward")
 def contrastive_forward(
     image_units: Tensor,
@@ -456,8 +469,7 @@ def contrastive_forward(
     text_ids: Tensor | None,
     mode: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, and for the backward: center, terms and targets of rows and columns, G's diagonal, what was taken off there
-    times the scores (in parts), and what G is a multiple of; see the kernels."""
+    """The loss, and :class:`Saved`."""
     n, m = image_units.shape[0], folded_text_units.shape[0]
     device = image_units.device
     finishing = cdiv(max(n, m), FINISH_BLOCK)
@@ -465,12 +477,10 @@ def contrastive_forward(
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
 
-    row_terms, col_terms, row_targets, col_targets = empty(n), empty(m), empty(n), empty(m)
+    on_diagonal, besides = (0, 0) if mode == POSITIVE else (n, finishing)
+    saved = Saved(*map(empty, (n, m, n, m, on_diagonal, besides)), empty(), empty())
     if not n or not m:
-        sides = (row_terms.zero_(), col_terms.zero_(), row_targets.zero_(), col_targets.zero_())
-        zeros = torch.zeros(3, dtype=torch.float32, device=device).unbind()
-        zero, center, unit = (x.clone() for x in zeros)
-        return zero, center, *sides, empty(0), empty(0), unit
+        return empty().zero_(), *(x.zero_() for x in saved)
     with on_device_of(image_units):
         plan = make_plan(image_units, folded_text_units, sweep=True)
         row_groups, col_groups = sweeps(plan)
@@ -514,25 +524,23 @@ def contrastive_forward(
             ),
             constants,
         )  # fmt: skip
-        center, unit, losses = empty(), empty(), empty(finishing)
-        on_diagonal, besides = (empty(0), empty(0)) if mode == POSITIVE else (empty(n), empty(finishing))
+        losses = empty(finishing)
         launch(
             _finish_kernel, (finishing, 1, 1),
             (
                 logit_scale, guess, bad, totals, row_parts, col_parts, row_positives, col_positives, row_counts,
-                col_counts, diagonal, weights, row_terms, col_terms, row_targets, col_targets, on_diagonal, losses,
-                besides, center, unit, n, m, row_groups, col_groups,
+                col_counts, diagonal, weights, losses, *saved, n, m, row_groups, col_groups,
             ),
             {"MODE": mode, "BLOCK": FINISH_BLOCK, "num_warps": 4},
         )  # fmt: skip
-        return losses.sum(), center, row_terms, col_terms, row_targets, col_targets, on_diagonal, besides, unit
+        return losses.sum(), *saved
 
 
 @contrastive_forward.register_fake
 def _(image_units, folded_text_units, logit_scale, image_ids, text_ids, mode):
     n, m = image_units.shape[0], folded_text_units.shape[0]
     on_diagonal, besides = (0, 0) if mode == POSITIVE else (n, cdiv(n, FINISH_BLOCK))
-    shapes = ((), (), (n,), (m,), (n,), (m,), (on_diagonal,), (besides,), ())
+    shapes = ((), (n,), (m,), (n,), (m,), (on_diagonal,), (besides,), (), ())
     return tuple(image_units.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
@@ -545,14 +553,7 @@ def contrastive_backward(
     image_ids: Tensor | None,
     text_ids: Tensor | None,
     mode: int,
-    center: Tensor,
-    row_terms: Tensor,
-    col_terms: Tensor,
-    row_target: Tensor,
-    col_target: Tensor,
-    on_diagonal: Tensor,
-    besides: Tensor,
-    unit: Tensor,
+    saved: list[Tensor],
     needs_image: bool,
     needs_text: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -568,6 +569,7 @@ def contrastive_backward(
     with on_device_of(image_units):
         plan = make_plan(image_units, folded_text_units, sweep=True)
         images, texts = plan.tensors
+        row_terms, col_terms, row_targets, col_targets, on_diagonal, besides, center, unit = saved
         factor = grad.to(torch.float32) * unit
         unit_factor = factor * logit_scale.to(torch.float32)
         scratch = padded_rows(min(n, CHUNK), m, image_units.dtype, image_units.device)
@@ -580,7 +582,7 @@ def contrastive_backward(
             launch(
                 _gradient_kernel, (programs, 1, 1),
                 (
-                    *plan.operands, logit_scale, center, row_terms, col_terms, row_target, col_target, image_ids,
+                    *plan.operands, logit_scale, center, row_terms, col_terms, row_targets, col_targets, image_ids,
                     text_ids, output(plan, gradient), scale_parts[chunk], *plan.sizes, first, last, scratch.stride(0),
                 ),
                 {
@@ -657,7 +659,7 @@ def _backward(ctx, grad, *_):
         image_ids,
         text_ids,
         ctx.mode,
-        *saved,
+        saved,
         needs_image,
         needs_text,
     )

@@ -193,6 +193,6 @@ def test_registration(mode, device):
     saved = [x.detach() for x in contrastive_forward(*call)[1:]]
     grad = torch.ones((), device=device)
     plain = [x.detach() for x in leaves]
-    torch.library.opcheck(contrastive_backward.registered, (grad, *plain, *ordinals, number, *saved, True, False))
+    torch.library.opcheck(contrastive_backward.registered, (grad, *plain, *ordinals, number, saved, True, False))
     compiled = torch.compile(contrastive_loss, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*leaves, *args), contrastive_loss(*leaves, *args))
