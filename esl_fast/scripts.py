@@ -67,7 +67,7 @@ def check_given(options: Any) -> None:
     """ValueError naming the first option of a dataclass that a file sets to null, and that cannot be."""
     for field in fields(options):
         if getattr(options, field.name) is None and NoneType not in get_args(field.type):
-            raise ValueError(f"{field.name} is null; leave it out for its default")
+            raise ValueError(f"{field.name} is null; give it a value, or leave it out for its default")
 
 
 def check_least(options: Any, least: dict[str, float]) -> None:

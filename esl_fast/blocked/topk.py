@@ -23,8 +23,10 @@ class Best:
         k = self.values.shape[1]
         best, where = stable_topk(lowest_where_nan(scores), min(k, scores.shape[1]))
         best, where = torch.cat([self.values[queries], best], 1), torch.cat([self.indices[queries], where + first], 1)
-        where, order = where.sort(dim=1)
-        best, second = best.gather(1, order).sort(dim=1, descending=True, stable=True)
+        if first < k:  # a place that no item has taken comes after items of -inf
+            where, order = where.sort(dim=1)
+            best = best.gather(1, order)
+        best, second = best.sort(dim=1, descending=True, stable=True)
         self.values[queries], self.indices[queries] = best[:, :k], where.gather(1, second)[:, :k]
 
 

@@ -209,7 +209,8 @@ def _data_of_run(config: EvaluateConfig) -> dict[str, str]:
     if told.get("dataset") not in LOADERS:
         raise ValueError(f"{options} says dataset: {told.get('dataset')}; accepted: {', '.join(LOADERS)}")
     # Another folder has files of its own.
-    names = FILES if config.data_root is None else ()
+    roots = {Path(root).resolve() for root in (config.data_root, told.get("data_root")) if root is not None}
+    names = FILES if len(roots) < 2 else ()
     found = {name: told[name] for name in names if getattr(config, name) is None and told.get(name) is not None}
     return found | {"dataset": told["dataset"]}
 

@@ -171,7 +171,7 @@ def evaluate(
     if save_similarity is not None:
         sides.save_similarity(save_similarity)
         known = split.limit_captions(CAPTIONS_PER_IMAGE)
-        names = {"images": known.image_ids, "captions": known.captions, "owners": known.owners.tolist()}
+        names = {"images": [*map(str, known.image_ids)], "captions": known.captions, "owners": known.owners.tolist()}
         save_similarity.with_suffix(".names.json").write_text(json.dumps(names))
     return result
 

@@ -206,7 +206,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._backward(batch)
         self.scaler.unscale_(self.optimizer)
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+        if self.config.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.grad_clip, self.grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.model.clamp_logit_scale()
