@@ -31,6 +31,8 @@ from esl_fast.scripts import (
 )
 
 FILES = ("data_root", "image_root", "annotations", "features")  # of a data set
+# Options that the results name beside the checkpoints.
+RECORDED = ("model", "pretrained", "dataset", *FILES, "split", "precision", "rerank", "shortlist")
 
 
 @dataclass
@@ -184,9 +186,7 @@ def run(config: EvaluateConfig) -> int:
     )
     result |= {
         "checkpoints": config.checkpoint,
-        "model": config.model,
-        "pretrained": config.pretrained,
-        **{name: getattr(config, name) for name in ("dataset", *FILES, "split", "precision", "rerank", "shortlist")},
+        **{name: getattr(config, name) for name in RECORDED},
         "skipped": data.skipped,
     }
     print(f"{config.dataset} {config.split}, {result['images']} images x {result['captions']} captions")

@@ -170,7 +170,7 @@ def evaluate(
         result["five_folds"] = mean_metrics([sides.fold(start, start + FOLD_IMAGES).metrics() for start in starts])
     if save_similarity is not None:
         sides.save_similarity(save_similarity)
-        known = split.limit_captions(CAPTIONS_PER_IMAGE)
+        known = encoder.split  # each image with the captions that count
         names = {"images": [*map(str, known.image_ids)], "captions": known.captions, "owners": known.owners.tolist()}
         save_similarity.with_suffix(".names.json").write_text(json.dumps(names))
     return result

@@ -538,10 +538,7 @@ def _aggregate_adaptive_backward(
             launch(
                 _adaptive_weights_backward, (sum(rows), 1, 1),
                 (grad_z, read, read.stride(0), n, weights, columns, values, counts, grad_weights),
-                {
-                    "ROW_DIMS": rows, "COLUMN_DIMS": columns_in, **_weights_blocks(max(columns_in)),
-                    "num_warps": 4,
-                },
+                {"ROW_DIMS": rows, "COLUMN_DIMS": columns_in, **_weights_blocks(max(columns_in)), "num_warps": 4},
             )  # fmt: skip
     return grad_x, grad_weights
 

@@ -569,8 +569,8 @@ def contrastive_backward(
     with on_device_of(image_units):
         plan = make_plan(image_units, folded_text_units, sweep=True)
         images, texts = plan.tensors
-        row_terms, col_terms, row_targets, col_targets, on_diagonal, besides, center, unit = saved
-        factor = grad.to(torch.float32) * unit
+        known = Saved(*saved)
+        factor = grad.to(torch.float32) * known.unit
         unit_factor = factor * logit_scale.to(torch.float32)
         scratch = padded_rows(min(n, CHUNK), m, image_units.dtype, image_units.device)
         scale_parts = image_units.new_zeros(cdiv(n, CHUNK), plan.programs, dtype=torch.float32)
@@ -582,8 +582,9 @@ def contrastive_backward(
             launch(
                 _gradient_kernel, (programs, 1, 1),
                 (
-                    *plan.operands, logit_scale, center, row_terms, col_terms, row_targets, col_targets, image_ids,
-                    text_ids, output(plan, gradient), scale_parts[chunk], *plan.sizes, first, last, scratch.stride(0),
+                    *plan.operands, logit_scale, known.center, known.row_terms, known.col_terms, known.row_targets,
+                    known.col_targets, image_ids, text_ids, output(plan, gradient), scale_parts[chunk], *plan.sizes,
+                    first, last, scratch.stride(0),
                 ),
                 {
                     "MODE": mode, "GROUP": GROUP, "FLATTEN": plan.flatten and mode == DIAGONAL, **plan.constants,
@@ -591,12 +592,12 @@ def contrastive_backward(
                 },
             )  # fmt: skip
             if mode != POSITIVE:
-                gradient.diagonal(first).copy_(on_diagonal[first:last])
+                gradient.diagonal(first).copy_(known.on_diagonal[first:last])
             if needs_image:
                 _write(_product(gradient, widened(texts)), unit_factor, grad_image[first:last])
             if needs_text:
                 text_total = _product(gradient.mT, widened(images[first:last]), text_total)
-        scores = scale_parts.sum() - besides.sum()
+        scores = scale_parts.sum() - known.besides.sum()
         grad_scale = (scores * factor).to(logit_scale.dtype).reshape(logit_scale.shape)
         if text_total is not None:
             _write(text_total, unit_factor, grad_text)

@@ -236,8 +236,7 @@ def target_of(device: torch.device) -> str:
 
 def unsigned_nan(device: torch.device) -> bool:
     """Whether a difference that is not a number has no sign there; later GPUs that run as ``"sm_80"`` may differ."""
-    major = UNSIGNED_NAN.get(target_of(device))
-    return major is not None and torch.cuda.get_device_capability(device)[0] == major
+    return device.type == "cuda" and _unsigned_nan_of_gpu(_index(device))
 
 
 def processors(device: torch.device) -> int:
@@ -254,6 +253,11 @@ def _target_of_gpu(index: int) -> str:
     if torch.version.hip:
         return "gfx942"
     return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(index)[0], "sm_80")
+
+
+@functools.cache
+def _unsigned_nan_of_gpu(index: int) -> bool:
+    return UNSIGNED_NAN.get(_target_of_gpu(index)) == torch.cuda.get_device_capability(index)[0]
 
 
 @functools.cache

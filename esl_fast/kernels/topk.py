@@ -80,9 +80,7 @@ def topk_update(keys: Tensor, query_units: Tensor, gallery_units: Tensor, offset
                 launch(
                     _select_kernel, (block.shape[0], 1, 1),
                     (scratch, keys[q : q + QUERY_BLOCK], items.shape[0], k, scratch.stride(0), offset + g),
-                    {
-                        "BLOCK": GALLERY_BLOCK, "SLOTS": next_power_of_2(k), "num_warps": SELECT_WARPS,
-                    },
+                    {"BLOCK": GALLERY_BLOCK, "SLOTS": next_power_of_2(k), "num_warps": SELECT_WARPS},
                 )  # fmt: skip
 
 

@@ -10,8 +10,6 @@ from torch import Tensor
 from esl_fast._eager import is_eager
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
