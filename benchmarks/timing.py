@@ -1,5 +1,6 @@
 """Times of competitors that take turns."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -93,7 +94,8 @@ def interleaved(competitors: Mapping[str, Run], once: Callable[[Run], Sample], s
     """Statistics of each competitor after a warm-up, about ``seconds`` for each, or ``{"failed": reason}``.
 
     Runs of one competitor are spread evenly over the runs of the others: what slows the machine down for a while
-    slows all of them.
+    slows all of them. Their order is drawn anew each round: who always came after a run that drew much power would
+    always meet a GPU that has lowered its clock.
     """
     outcomes, counts = {}, {}
     for name, run in competitors.items():
@@ -106,8 +108,11 @@ def interleaved(competitors: Mapping[str, Run], once: Callable[[Run], Sample], s
             outcomes[name] = {"failed": failure(error)}
     samples: dict[str, list[Sample]] = {name: [] for name in counts}
     rounds = max(counts.values(), default=0)
+    order, draw = list(counts), random.Random(0)
     for i in range(rounds):
-        for name, count in counts.items():
+        draw.shuffle(order)
+        for name in order:
+            count = counts[name]
             if (i + 1) * count // rounds > i * count // rounds:
                 samples[name].append(once(competitors[name]))
     outcomes |= {name: asdict(Statistics.of(s)) for name, s in samples.items()}

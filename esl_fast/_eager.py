@@ -26,3 +26,8 @@ def is_eager() -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and not is_transformed()
     )
+
+
+def is_exporting() -> bool:
+    """As `torch.compiler.is_exporting`, which PyTorch 2.11 also answers with True while it compiles."""
+    return torch.compiler.is_exporting() and getattr(torch.compiler, "_is_exporting_flag", True)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,8 @@ def test_competitors_take_turns():
     assert outcomes["slow"]["median"] == 4.0
     timed = calls[4:]
     assert all(timed[i : i + 25].count("slow") == 5 for i in (0, 25))
+    turns = [i for i, name in enumerate(timed) if name == "slow"]
+    assert len({after - before for before, after in pairwise(turns)}) > 1  # not always after the same one
 
 
 def test_memory_of_a_fresh_process():

@@ -485,6 +485,15 @@ def test_autocast(aggregator):
 
 
 @either
+def test_compiled_too_folds_the_smaller_side(aggregator):
+    head = ESLHead(16, num_levels=2, aggregator=aggregator)
+    few, many = torch.randn(3, 16), torch.randn(5, 16)
+    sides = torch.compile(head.sides, fullgraph=True, backend="eager")
+    torch.testing.assert_close(sides(few, many)[1], head.text_units(many))
+    torch.testing.assert_close(sides(many, few)[0], head.image_units(many))
+
+
+@either
 def test_compiles_into_one_graph(aggregator):
     head = random_head(aggregator)
     images, texts = torch.randn(5, 64), torch.randn(9, 64)

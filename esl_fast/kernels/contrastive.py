@@ -8,14 +8,14 @@ unless all lie between 2^-80 and 2^120 (logits of a row or column would have to 
 kernel does it again with running maxima; nothing waits for the host to find out, the second one returns at once if it
 is not needed.
 
-Backward: the gradient G of the logits is recomputed `CHUNK` rows at a time into scratch of the units' dtype, with the
+Backward: the gradient G of the logits is recomputed `_chunk` rows at a time into scratch of the units' dtype, with the
 same single exponential, and two plain products (cuBLAS) turn it into gradients of the units: with the forward, four
 products in all. Keeping G on chip instead would need either a fifth product (one recomputation for each side) or
 sums across programs in no fixed order. G is stored times `GAIN / max(row weight, column weight)`, at most 2 * GAIN, so
 that float16 holds it. On the diagonal, where a probability near 1 is subtracted from its target, it is computed apart.
 
-Memory beside units and gradients: scratch CHUNK * M elements, M * U float32 for the text gradient summed over chunks,
-and 12 bytes for each row and column and program that touches it: linear in N + M.
+Memory beside units and gradients: scratch of `_chunk` * M elements, M * U float32 for the text gradient summed over
+chunks, and 12 bytes for each row and column and program that touches it: linear in N + M.
 
 Paper, N = M = 32,768, U = 1,022, bf16: forward 2.2 TFLOP, 2.8 ms at 790 TFLOP/s; backward 6.6 TFLOP, 8.3 ms; the
 scratch costs 3 x 2.1 GB, 1.3 ms at 4.8 TB/s, in the shadow of the products. On top of its product a tile of
@@ -34,7 +34,7 @@ from esl_fast.kernels._common import cdiv, next_power_of_2, on_device_of, padded
 from esl_fast.kernels._launch import launch
 from esl_fast.kernels._op import op
 from esl_fast.kernels.paired import paired_scores
-from esl_fast.kernels.plan import GROUP, launch_options, make_plan, output, sweeps, tile_cases
+from esl_fast.kernels.plan import GROUP, Plan, launch_options, make_plan, output, sweeps, tile_cases
 from esl_fast.kernels.tile import (
     eighths,
     quarters,
@@ -46,7 +46,7 @@ from esl_fast.kernels.tile import (
     tile_product,
 )
 
-CHUNK = 4096  # the products with 4,352 rows, which fill the last round of tiles here, take cuBLAS a tenth longer
+CHUNK = 4096  # rows of the gradient of the logits at a time, at least
 FINISH_BLOCK = 256
 GAIN_BITS = tl.constexpr(14)
 GAIN = tl.constexpr(2.0**14)
@@ -572,11 +572,12 @@ def contrastive_backward(
         known = Saved(*saved)
         factor = grad.to(torch.float32) * known.unit
         unit_factor = factor * logit_scale.to(torch.float32)
-        scratch = padded_rows(min(n, CHUNK), m, image_units.dtype, image_units.device)
-        scale_parts = image_units.new_zeros(cdiv(n, CHUNK), plan.programs, dtype=torch.float32)
+        rows = _chunk(plan)
+        scratch = padded_rows(min(n, rows), m, image_units.dtype, image_units.device)
+        scale_parts = image_units.new_zeros(cdiv(n, rows), plan.programs, dtype=torch.float32)
         text_total = None
-        for chunk, first in enumerate(range(0, n, CHUNK)):
-            last = min(n, first + CHUNK)
+        for chunk, first in enumerate(range(0, n, rows)):
+            last = min(n, first + rows)
             gradient = scratch[: last - first]
             programs = min(plan.programs, cdiv(last - first, plan.config.rows) * plan.col_blocks)
             launch(
@@ -613,6 +614,16 @@ def _(grad, image_units, folded_text_units, logit_scale, *args):
         padded_rows(m if needs_text else 0, units, image_units.dtype, image_units.device),
         torch.empty_like(logit_scale),
     )
+
+
+def _chunk(plan: Plan) -> int:
+    """Rows of the gradient of the logits at a time.
+
+    As many row blocks as a quarter of the multiprocessors, or a multiple: with a number of column blocks that four
+    divides, as many tiles as fill the last round. So do those of the products by some 1,024 units.
+    """
+    quarter = max(1, plan.programs // 4) * plan.config.rows
+    return cdiv(CHUNK, quarter) * quarter
 
 
 def _write(product: Tensor, factor: Tensor, out: Tensor) -> None:
@@ -695,7 +706,7 @@ def contrastive_loss(
 
 
 def compile_cases() -> list[CompileCase]:
-    n, units = 32_768, 1_022
+    n, units, chunk = 32_768, 1_022, 8_448
     variants: list[tuple[str, dict[str, Any]]] = [
         ("diagonal", {"MODE": DIAGONAL, "image_ids": None, "text_ids": None}),
         ("positive", {"MODE": POSITIVE}),
@@ -737,11 +748,11 @@ def compile_cases() -> list[CompileCase]:
         ("center", "row_terms", "col_terms", "row_target", "col_target", "scale_parts"), "*fp32"
     )
     gradient = tile_cases(
-        "contrastive_gradient_4k_x_32k",
+        "contrastive_gradient_8k_x_32k",
         _gradient_kernel,
         {**ids, **sides, "grad": "OUT", "first_row": "i32", "last_row": "i32", "grad_row": "i32"},
         of(_gradient_kernel),
-        lambda itemsize: (2.0 * CHUNK * n * units, itemsize * (1.0 * (CHUNK + n) * units + CHUNK * n)),
+        lambda itemsize: (2.0 * chunk * n * units, itemsize * (1.0 * (chunk + n) * units + chunk * n)),
         divisible=("row_terms", "col_terms", "row_target", "col_target", "grad"),
         sweep=True,
     )

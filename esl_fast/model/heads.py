@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from esl_fast import ops
+from esl_fast._eager import is_exporting
 from esl_fast.model import official
 from esl_fast.model.parts import Aggregator, Contribution, LevelHead, tensors_of
 from esl_fast.model.region_word import RegionWordHead
@@ -72,7 +73,7 @@ class Head(nn.Module):
             image_features, text_features = image_features.to(common), text_features.to(common)
         image_units, text_units = self.image_units(image_features), self.text_units(text_features)
         # What is exported has to serve all sizes.
-        if not torch.compiler.is_exporting() and image_units.shape[0] < text_units.shape[0]:
+        if not is_exporting() and image_units.shape[0] < text_units.shape[0]:
             return self.fold(image_units, "image"), text_units
         return image_units, self.fold(text_units, "text")
 

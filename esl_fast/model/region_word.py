@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from esl_fast import ops
+from esl_fast._eager import is_exporting
 from esl_fast.model import official, sequences
 from esl_fast.model.parts import LevelHead, NormedContribution
 from esl_fast.model.scores import RegionWordScores
@@ -53,7 +54,7 @@ class RegionWordHead(LevelHead):
         region_units, word_units = self.image(region_vectors.to(common)), self.text(word_vectors.to(common))
         # The caption stands on the left of D: a word is folded as the image of the global variant is.
         # What is exported has to serve all sizes.
-        if torch.compiler.is_exporting() or word_units.shape[:2].numel() <= region_units.shape[:2].numel():
+        if is_exporting() or word_units.shape[:2].numel() <= region_units.shape[:2].numel():
             word_units = self.contribution.fold(word_units, "image")
         else:
             region_units = self.contribution.fold(region_units, "text")

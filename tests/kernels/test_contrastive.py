@@ -113,8 +113,9 @@ def test_large_logits(device, either_pass):
 
 @pytest.mark.parametrize(("mode", "ratio"), [("positive", 2), ("diagonal", 1), ("ignore", 1)])
 def test_several_chunks(mode, ratio, device, monkeypatch, either_pass):
-    monkeypatch.setattr(contrastive, "CHUNK", 32)
-    n = 70 if INTERPRETING else 600  # more than two tiles, a chunk being one at least
+    chunk = 32 if INTERPRETING else 256  # one tile or two
+    monkeypatch.setattr(contrastive, "_chunk", lambda plan: chunk)
+    n = 2 * chunk + 6
     inputs, args = case(mode, n, ratio * n, 61, device)
     _, grads = run(contrastive_loss, inputs, *args)
     _, expected = run(by_definition, [x.double() for x in inputs], *args)
