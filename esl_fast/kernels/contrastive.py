@@ -48,6 +48,7 @@ from esl_fast.kernels.tile import (
 
 CHUNK = 4096  # rows of the gradient of the logits at a time, at least
 FINISH_BLOCK = 256
+SCALE_BLOCK = 1024
 GAIN_BITS = tl.constexpr(14)
 GAIN = tl.constexpr(2.0**14)
 LEAST, MOST = tl.constexpr(2.0**-80), tl.constexpr(2.0**120)
@@ -176,12 +177,13 @@ def _online_kernel(
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, MODE: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """As :func:`_sums_kernel` for logits of any range, if its sums are ``bad``; else nothing.
+    """As :func:`_sums_kernel` for logits of any range, if its sums are ``bad`` or were not made (None); else nothing.
 
     Parts are ``(2, groups, n or m)``: maximum and sum of 2^(logit - maximum).
     """
-    if tl.load(bad) == 0.0:
-        return
+    if bad is not None:  # noqa: SIM102 (a constexpr with others would not keep the body from being compiled)
+        if tl.load(bad) == 0.0:
+            return
     program = tl.program_id(0).to(tl.int64)
     row_group = program // col_groups
     col_group = program % col_groups
@@ -278,12 +280,14 @@ def _log_sum(parts, item, groups, count, live):
 
 @triton.jit
 def _finish_side(
-    totals, parts, positives, counts, diagonal, center, centered, weight, ratio, item, groups, count, live,
+    totals, first, parts, positives, counts, diagonal, center, centered, weight, ratio, item, groups, count, live,
     MODE: tl.constexpr,
 ):  # fmt: skip
     """Weighted losses, terms and targets of one side's items."""
-    if centered:
-        log_sum = tl.log2(tl.load(totals + item, mask=live, other=1.0)) + center
+    if totals is None:
+        log_sum = _log_sum(parts, item, groups, count, live)
+    elif centered:
+        log_sum = tl.log2(tl.load(totals + first + item, mask=live, other=1.0)) + center
     else:
         log_sum = _log_sum(parts, item, groups, count, live)
     if MODE == 1:
@@ -310,24 +314,35 @@ def _finish_kernel(
     n, m, row_groups, col_groups, MODE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Losses, and what :func:`_gradient_kernel` needs; G's diagonal with its targets taken off (where ids do not say
-    what is positive), and ``besides``, those targets times the scores. ``unit`` is what G is a multiple of."""
+    what is positive), and ``besides``, those targets times the scores. ``unit`` is what G is a multiple of.
+
+    Where no sums about a center were made, ``center``, ``bad`` and ``totals`` are None, and ``weights`` are where every
+    item has one positive."""
     item = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     is_row = item < n
     is_col = item < m
     scale = tl.load(logit_scale).to(tl.float32) * LOG2E
-    centered = tl.load(bad) == 0.0
-    middle = tl.where(centered, tl.load(center), float("inf"))
-    row_weight = tl.load(weights)
-    col_weight = tl.load(weights + 1)
+    if bad is None:
+        centered = False
+        middle = float("inf")
+    else:
+        centered = tl.load(bad) == 0.0
+        middle = tl.where(centered, tl.load(center), float("inf"))
+    if weights is None:
+        row_weight = 1.0 / n.to(tl.float32)
+        col_weight = row_weight
+    else:
+        row_weight = tl.load(weights)
+        col_weight = tl.load(weights + 1)
     # G is stored relative to the larger weight: ratios are at most 1.
     weight = tl.maximum(row_weight, col_weight)
     score = tl.load(diagonal + item, mask=is_row & is_col, other=0.0)
     row_loss, row_term, row_target = _finish_side(
-        totals, row_parts, row_positives, row_counts, score * scale, middle, centered, row_weight,
+        totals, 0, row_parts, row_positives, row_counts, score * scale, middle, centered, row_weight,
         row_weight / weight, item, col_groups, n, is_row, MODE,
     )  # fmt: skip
     col_loss, col_term, col_target = _finish_side(
-        totals + n, col_parts, col_positives, col_counts, score * scale, middle, centered, col_weight,
+        totals, n.to(tl.int64), col_parts, col_positives, col_counts, score * scale, middle, centered, col_weight,
         col_weight / weight, item, row_groups, m, is_col, MODE,
     )  # fmt: skip
     tl.store(row_terms + item, row_term, mask=is_row)
@@ -350,12 +365,27 @@ def _finish_kernel(
 
 
 @triton.jit
-def _write_kernel(product, factor, out, product_row, out_row, width, BLOCK: tl.constexpr):
+def _write_kernel(product, grad, unit, logit_scale, out, product_row, out_row, width, BLOCK: tl.constexpr):
+    """``product * grad * unit * logit_scale``."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = column < width
-    value = tl.load(product + row * product_row + column, mask=live) * tl.load(factor)
+    factor = tl.load(grad).to(tl.float32) * tl.load(unit) * tl.load(logit_scale).to(tl.float32)
+    value = tl.load(product + row * product_row + column, mask=live) * factor
     tl.store(out + row * out_row + column, value.to(out.dtype.element_ty), mask=live)
+
+
+@triton.jit(do_not_specialize=["parts", "others"])
+def _scale_kernel(scale_parts, besides, grad, unit, out, parts, others, BLOCK: tl.constexpr):
+    """The gradient of the logit scale, ``grad * unit`` times the sum of ``scale_parts`` less that of ``besides``."""
+    offset = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, parts, BLOCK):
+        total += tl.load(scale_parts + first + offset, mask=first + offset < parts, other=0.0)
+    for first in range(0, others, BLOCK):
+        total -= tl.load(besides + first + offset, mask=first + offset < others, other=0.0)
+    value = tl.sum(total, 0) * (tl.load(grad).to(tl.float32) * tl.load(unit))
+    tl.store(out, value.to(out.dtype.element_ty))
 
 
 @triton.jit(
@@ -487,18 +517,15 @@ def contrastive_forward(
         grid = row_groups * col_groups, 1, 1
         constants = {"MODE": mode, **plan.constants, **launch_options(plan.config)}
         sizes = (*plan.sizes, row_groups, col_groups)
-        factor = logit_scale * LOG2E.value
-        diagonal, guess = paired_scores(plan, factor)
-        row_positives = col_positives = row_counts = col_counts = None
+        centered = n * m >= CENTERED_FROM
+        diagonal, guess = paired_scores(plan, logit_scale * LOG2E.value if centered else None)
+        row_positives = col_positives = row_counts = col_counts = weights = totals = bad = None
         if mode == POSITIVE:
             row_positives = torch.zeros(col_groups, n, dtype=torch.float32, device=device)
             col_positives = torch.zeros(row_groups, m, dtype=torch.float32, device=device)
             row_counts, col_counts = _counts(image_ids, text_ids), _counts(text_ids, image_ids)
             weights = _weights(row_counts, col_counts)
-        else:
-            weights = torch.full((2,), 1 / n, dtype=torch.float32, device=device)
-        totals = bad = torch.ones(1, dtype=torch.float32, device=device)
-        if n * m >= CENTERED_FROM:
+        if centered:
             zeros = torch.zeros(4 + col_groups * n, dtype=torch.float32, device=device)
             bad, row_sums = zeros[:1], zeros[4:]  # both aligned
             col_sums, totals = empty(row_groups, m), empty(n + m)
@@ -524,7 +551,7 @@ def contrastive_forward(
             ),
             constants,
         )  # fmt: skip
-        losses = empty(finishing)
+        losses = empty(finishing) if finishing > 1 else empty()
         launch(
             _finish_kernel, (finishing, 1, 1),
             (
@@ -533,7 +560,7 @@ def contrastive_forward(
             ),
             {"MODE": mode, "BLOCK": FINISH_BLOCK, "num_warps": 4},
         )  # fmt: skip
-        return losses.sum(), *saved
+        return losses.sum() if finishing > 1 else losses, *saved
 
 
 @contrastive_forward.register_fake
@@ -570,13 +597,13 @@ def contrastive_backward(
         plan = make_plan(image_units, folded_text_units, sweep=True)
         images, texts = plan.tensors
         known = Saved(*saved)
-        factor = grad.to(torch.float32) * known.unit
-        unit_factor = factor * logit_scale.to(torch.float32)
+        factors = grad, known.unit, logit_scale
         rows = _chunk(plan)
         scratch = padded_rows(min(n, rows), m, image_units.dtype, image_units.device)
-        scale_parts = image_units.new_zeros(cdiv(n, rows), plan.programs, dtype=torch.float32)
+        scale_parts = image_units.new_empty(cdiv(n, rows) * plan.programs, dtype=torch.float32)
+        parts = 0
         text_total = None
-        for chunk, first in enumerate(range(0, n, rows)):
+        for first in range(0, n, rows):
             last = min(n, first + rows)
             gradient = scratch[: last - first]
             programs = min(plan.programs, cdiv(last - first, plan.config.rows) * plan.col_blocks)
@@ -584,7 +611,7 @@ def contrastive_backward(
                 _gradient_kernel, (programs, 1, 1),
                 (
                     *plan.operands, logit_scale, known.center, known.row_terms, known.col_terms, known.row_targets,
-                    known.col_targets, image_ids, text_ids, output(plan, gradient), scale_parts[chunk], *plan.sizes,
+                    known.col_targets, image_ids, text_ids, output(plan, gradient), scale_parts[parts:], *plan.sizes,
                     first, last, scratch.stride(0),
                 ),
                 {
@@ -592,16 +619,21 @@ def contrastive_backward(
                     **launch_options(plan.config),
                 },
             )  # fmt: skip
+            parts += programs
             if mode != POSITIVE:
                 gradient.diagonal(first).copy_(known.on_diagonal[first:last])
             if needs_image:
-                _write(_product(gradient, widened(texts)), unit_factor, grad_image[first:last])
+                _write(_product(gradient, widened(texts)), factors, grad_image[first:last])
             if needs_text:
                 text_total = _product(gradient.mT, widened(images[first:last]), text_total)
-        scores = scale_parts.sum() - known.besides.sum()
-        grad_scale = (scores * factor).to(logit_scale.dtype).reshape(logit_scale.shape)
         if text_total is not None:
-            _write(text_total, unit_factor, grad_text)
+            _write(text_total, factors, grad_text)
+        grad_scale = torch.empty_like(logit_scale)
+        launch(
+            _scale_kernel, (1, 1, 1),
+            (scale_parts, known.besides, grad, known.unit, grad_scale, parts, known.besides.numel()),
+            {"BLOCK": SCALE_BLOCK, "num_warps": 4},
+        )  # fmt: skip
         return grad_image, grad_text, grad_scale
 
 
@@ -626,8 +658,8 @@ def _chunk(plan: Plan) -> int:
     return cdiv(CHUNK, quarter) * quarter
 
 
-def _write(product: Tensor, factor: Tensor, out: Tensor) -> None:
-    """``product * factor`` into ``out``, of as many columns or fewer.
+def _write(product: Tensor, factors: tuple[Tensor, Tensor, Tensor], out: Tensor) -> None:
+    """``product`` times all ``factors`` into ``out``, of as many columns or fewer.
 
     Into what lies between its rows too, where there is a product for it: whole vectors are written sooner.
     """
@@ -636,7 +668,8 @@ def _write(product: Tensor, factor: Tensor, out: Tensor) -> None:
     n, width = out.shape
     block = min(1024, next_power_of_2(width))
     launch(
-        _write_kernel, (n, cdiv(width, block), 1), (product, factor, out, product.stride(0), out.stride(0), width),
+        _write_kernel, (n, cdiv(width, block), 1),
+        (product, *factors, out, product.stride(0), out.stride(0), width),
         {"BLOCK": block, "num_warps": max(1, block // 256)},
     )  # fmt: skip
 
@@ -727,6 +760,8 @@ def compile_cases() -> list[CompileCase]:
             if "GROUP" in kernel.arg_names:
                 extra = extra | {"GROUP": GROUP}
             found.append((name, extra))
+        if kernel is _online_kernel:
+            found.append(("small_diagonal", found[0][1] | {"bad": None}))
         return found
 
     sums, online = (
@@ -767,7 +802,9 @@ def compile_cases() -> list[CompileCase]:
         )  # fmt: skip
 
     block = {"BLOCK": FINISH_BLOCK}
-    unused = dict.fromkeys((*positives, "row_counts", "col_counts"))
+    unused = dict.fromkeys((*positives, "row_counts", "col_counts", "weights"))
+    uncentered = dict.fromkeys(("center", "bad", "totals"))
+    factors = {"grad": "*fp32", "unit": "*fp32", "logit_scale": "*fp32"}
     return [
         *sums, *online, *gradient,
         small("total_32k", _total_kernel, block, 4.0 * (132 + 2) * n),
@@ -775,14 +812,24 @@ def compile_cases() -> list[CompileCase]:
             small(f"finish_32k_{name}", _finish_kernel, {**block, **unused, "MODE": mode}, 40.0 * n)
             for name, mode in (("diagonal", DIAGONAL), ("ignore", IGNORE))
         ),
+        small("finish_1k_diagonal", _finish_kernel, {**block, **unused, **uncentered, "MODE": DIAGONAL}, 40.0 * 1024),
         small("finish_32k_positive", _finish_kernel, {**block, "MODE": POSITIVE}, 40.0 * n),
         CompileCase(
             "write_32k", _write_kernel,
             {
-                "product": "*fp32", "factor": "*fp32", "out": "*bf16",
+                "product": "*fp32", **factors, "out": "*bf16",
                 "product_row": "i32", "out_row": "i32", "width": "i32",
             },
-            {"BLOCK": 1024}, 4, 3, ("product", "factor", "out", "product_row", "out_row", "width"),
+            {"BLOCK": 1024}, 4, 3, ("product", *factors, "out", "product_row", "out_row", "width"),
             flops=1.0 * n * units, bytes=6.0 * n * units, precision="fp32",
+        ),
+        CompileCase(
+            "scale_32k", _scale_kernel,
+            {
+                "scale_parts": "*fp32", "besides": "*fp32", "grad": "*fp32", "unit": "*fp32", "out": "*fp32",
+                "parts": "i32", "others": "i32",
+            },
+            {"BLOCK": SCALE_BLOCK}, 4, 3, ("scale_parts", "besides", "grad", "unit", "out"),
+            flops=656.0, bytes=4.0 * 656, precision="fp32",
         ),
     ]  # fmt: skip

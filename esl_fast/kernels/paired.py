@@ -28,8 +28,8 @@ def _paired_kernel(
     PAIRS: tl.constexpr, DEPTH: tl.constexpr, OWNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """With ``OWNED``, scores that are not finite become -inf, as do those with owners that are none of ``images``;
-    ``best`` takes each image's highest, and its rank gets to ``pairs - 1``; else ``lowest`` takes the lowest score
-    times ``factor``."""
+    ``best`` takes each image's highest, and its rank gets to ``pairs - 1``; else ``lowest``, if not None, takes the
+    lowest score times ``factor``."""
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     live = pair < pairs
     image = pair
@@ -47,19 +47,20 @@ def _paired_kernel(
         own = tl.where(known & (tl.abs(own) < float("inf")), own, float("-inf"))
         tl.atomic_max(best + image, own, mask=known, sem="relaxed")
         tl.store(ranks + image, pairs.to(tl.int64) - 1 + image * 0, mask=known)
-    else:
+    elif lowest is not None:
         least = tl.min(tl.where(live, own * tl.load(factor).to(tl.float32), float("inf")), 0)
         tl.atomic_min(lowest + index * 0, least + index * 0.0, mask=index == 0, sem="relaxed")
     tl.store(scores + pair, own, mask=live)
 
 
-def paired_scores(plan: Plan, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores ``(min(N, M),)``, float32, of image i with text i, and the lowest of them times ``factor ()``.
+def paired_scores(plan: Plan, factor: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Scores ``(min(N, M),)``, float32, of image i with text i, and with ``factor ()`` the lowest of them times it.
 
     ``plan`` is that of the all-pairs product with whose scores these are to be compared.
     """
-    scores = torch.empty(min(plan.n, plan.m), dtype=torch.float32, device=factor.device)
-    lowest = torch.full((), torch.inf, dtype=torch.float32, device=factor.device)
+    device = plan.tensors[0].device
+    scores = torch.empty(min(plan.n, plan.m), dtype=torch.float32, device=device)
+    lowest = None if factor is None else torch.full((), torch.inf, dtype=torch.float32, device=device)
     _launch(plan, None, scores, None, None, factor, lowest)
     return scores, lowest
 
@@ -127,6 +128,6 @@ def compile_cases() -> list[CompileCase]:
                     precision=precision,
                     targets=(target,),
                 )
-                for name, pointers in (("owned", owned), ("diagonal", diagonal))
+                for name, pointers in (("owned", owned), ("diagonal", diagonal), ("small_diagonal", {}))
             )  # fmt: skip
     return found
