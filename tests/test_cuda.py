@@ -193,7 +193,7 @@ def test_alignment_is_looked_at_each_time(aggregator):
 
 
 def test_loss_memory_is_linear():
-    n, width = 16384, 1022
+    n, width = 32768, 1022
     sides = [torch.randn(n, width, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2)]
     esl_fast.contrastive_loss(*sides, 0.1).backward()
     for side in sides:
@@ -201,8 +201,8 @@ def test_loss_memory_is_linear():
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     esl_fast.contrastive_loss(*sides, 0.1).backward()
-    # The matrix alone would take 512 MB in bfloat16.
-    assert torch.cuda.max_memory_allocated() - before < 400 << 20
+    # The matrix alone would take 2 GB in bfloat16.
+    assert torch.cuda.max_memory_allocated() - before < 1 << 30
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second CUDA device")

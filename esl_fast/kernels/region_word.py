@@ -103,10 +103,20 @@ def _inverse(x):
 
 
 @triton.jit
-def _activate(products, offset, EXACT: tl.constexpr):
-    """Products of one region and their ``leaky_relu(tanh(.))``."""
+def _tanh_complement(a):
+    """``1 - tanh(a)``."""
+    return _inverse(0.5 + tl.exp2(a * TWO_LOG2E - 1.0))
+
+
+@triton.jit
+def _activate(products, offset, one, EXACT: tl.constexpr):
+    """Products of one region and their ``leaky_relu(tanh(.))``.
+
+    ``one`` is ``_tanh_complement(0)``, to the bit: of zeros a norm would else be made of what rounding leaves of them.
+    (A `where` would do too, but it makes loads wait for each other, and the kernel take twice as long.)
+    """
     a = tl.load(products + offset).to(tl.float32)
-    t = 1.0 - 2.0 * _inverse(1.0 + tl.exp2(a * TWO_LOG2E))
+    t = one - _tanh_complement(a)
     if EXACT:  # the difference loses the digits of a small product
         square = a * a
         series = 62.0 / 2835.0
@@ -115,8 +125,6 @@ def _activate(products, offset, EXACT: tl.constexpr):
         series = series * square - 1.0 / 3.0
         series = series * square + 1.0
         t = tl.where(square < 0.0625, a * series, t)
-    else:  # what is left of a difference of zeros would be all that a norm is made of
-        t = tl.where(tl.abs(a) < 1 / 256, a, t)
     return a, tl.maximum(t, SLOPE * t)
 
 
@@ -139,21 +147,21 @@ def _word_powers(b, sharpness, real, steep):
 
 @triton.jit
 def _first_walk(
-    products, offset, regions, step, real, regions_of, sharpness, steep, LENGTHS: tl.constexpr, EXACT: tl.constexpr
+    products, offset, regions, step, real, regions_of, one, sharpness, steep, LENGTHS: tl.constexpr, EXACT: tl.constexpr
 ):  # fmt: skip
     """By word and image: shift, sum of weights and weighted sum of ``a`` of the softmax over regions; region scale."""
     shift = tl.zeros(offset.shape, tl.float32)
     if steep:
         shift += -float("inf")
         for r in range(0, regions):
-            _, b = _activate(products + r * step, offset, EXACT)
+            _, b = _activate(products + r * step, offset, one, EXACT)
             logits = b * (sharpness * _word_scale(b, real))[None, :]
             shift = tl.maximum(shift, tl.where((r < regions_of)[None, :], logits, -float("inf")))
     weight = tl.zeros(offset.shape, tl.float32)
     weighted = tl.zeros(offset.shape, tl.float32)
     square = tl.zeros(offset.shape, tl.float32)
     for r in range(0, regions):
-        a, b = _activate(products + r * step, offset, EXACT)
+        a, b = _activate(products + r * step, offset, one, EXACT)
         e = tl.exp2(b * (sharpness * _word_scale(b, real))[None, :] - shift)
         if LENGTHS:
             inside = (r < regions_of)[None, :]
@@ -192,7 +200,8 @@ def _place(
     offset = tl.minimum(word, length - 1)[:, None] * block_row + tl.arange(0, IMAGES)[None, :]
     real = tl.where(word < length, 1.0, 0.0)[:, None] + tl.zeros((WORDS, IMAGES), tl.float32)
     smooth = tl.load(smooth_ptr).to(tl.float32)
-    return caption, length, image, regions_of, products, offset, real, live_image, smooth
+    one = _tanh_complement(0.0 * smooth)  # not of a constant, of which the compiler would know better
+    return caption, length, image, regions_of, products, offset, real, live_image, smooth, one
 
 
 @triton.jit(do_not_specialize=[*RUNTIME, "out_row", "out_col"], do_not_specialize_on_alignment=MOVING)
@@ -202,7 +211,7 @@ def _reduce(
     WORDS: tl.constexpr, IMAGES: tl.constexpr, LENGTHS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Scores of captions ``first_caption + i`` (packed order) and ``images`` images from their block of products."""
-    caption, length, image, regions_of, products, offset, real, live_image, smooth = _place(
+    caption, length, image, regions_of, products, offset, real, live_image, smooth, one = _place(
         block, smooth_ptr, lengths, offsets, region_lengths,
         images, regions, first_image, first_caption, image_blocks, block_row, WORDS, IMAGES, LENGTHS,
     )  # fmt: skip
@@ -210,11 +219,11 @@ def _reduce(
     steep = tl.abs(sharpness) > LIMIT
     step = images
     _, weight, weighted, region_scale = _first_walk(
-        products, offset, regions, step, real, regions_of, sharpness, steep, LENGTHS, EXACT
+        products, offset, regions, step, real, regions_of, one, sharpness, steep, LENGTHS, EXACT
     )
     by_regions = tl.zeros((IMAGES,), tl.float32)
     for r in range(0, regions):
-        a, b = _activate(products + r * step, offset, EXACT)
+        a, b = _activate(products + r * step, offset, one, EXACT)
         powers, total = _word_powers(b, sharpness * region_scale, real, steep)
         attended = tl.sum(a * powers, 0) / total
         if LENGTHS:
@@ -261,7 +270,7 @@ def _reduce_backward(
     WORDS: tl.constexpr, IMAGES: tl.constexpr, LENGTHS: tl.constexpr, EXACT: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Overwrite a block of products by their gradients; ``partial`` takes each program's share of that to smooth."""
-    caption, length, image, regions_of, products, offset, real, live_image, smooth = _place(
+    caption, length, image, regions_of, products, offset, real, live_image, smooth, one = _place(
         block, smooth_ptr, lengths, offsets, region_lengths,
         images, regions, first_image, first_caption, image_blocks, block_row, WORDS, IMAGES, LENGTHS,
     )  # fmt: skip
@@ -269,7 +278,7 @@ def _reduce_backward(
     steep = tl.abs(sharpness) > LIMIT
     step = images
     shift, weight, weighted, region_scale = _first_walk(
-        products, offset, regions, step, real, regions_of, sharpness, steep, LENGTHS, EXACT
+        products, offset, regions, step, real, regions_of, one, sharpness, steep, LENGTHS, EXACT
     )
     inverse = real / weight
     mean = weighted * inverse
@@ -281,7 +290,7 @@ def _reduce_backward(
 
     region_dot = tl.zeros(offset.shape, tl.float32)
     for r in range(0, regions):
-        a, b = _activate(products + r * step, offset, EXACT)
+        a, b = _activate(products + r * step, offset, one, EXACT)
         grad_here = tl.where(r < regions_of, grad_region, 0.0)
         _, to_words = _regions_gradient(a, b, sharpness * region_scale, real, steep, grad_here)
         region_dot += to_words * b
@@ -294,7 +303,7 @@ def _reduce_backward(
     # Not `offset`: what repeats the last word must not overwrite it.
     place = word[:, None] * block_row + tl.arange(0, IMAGES)[None, :]
     for r in range(0, regions):
-        a, b = _activate(products + r * step, offset, EXACT)
+        a, b = _activate(products + r * step, offset, one, EXACT)
         scale = _word_scale(b, real)
         e = tl.exp2(b * (sharpness * scale)[None, :] - shift)
         grad_here = grad_region
