@@ -42,6 +42,15 @@ def main(arguments: list[str] | None = None) -> int:
         results["results"].append(_run(case, device, options, seconds))
         print("\n".join(report.lines([results["results"][-1]])[2:]), flush=True)
         _save(results, options.output)  # after each case: a run that is cut short keeps what it has
+    # Last, since processes take their time to start.
+    for case, result in zip(cases, results["results"], strict=True):
+        if case.memory and result.get("parity", {}).get("holds"):
+            print(f"\n{case.name}: memory", flush=True)
+            for name in case.memory:
+                measured = memory.peak(case, name, device, options.threads)
+                result["competitors"].setdefault(name, {}).update(measured)
+            print("\n".join(report.lines([result])[2:]), flush=True)
+            _save(results, options.output)
     print(f"\nwritten to {options.output}")
     return int(any(not report.succeeded(result) for result in results["results"]))
 
@@ -66,8 +75,6 @@ def _run(case: registry.Case, device: torch.device, options: argparse.Namespace,
         torch.compiler.reset()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    for name in case.memory:
-        result["competitors"].setdefault(name, {}).update(memory.peak(case, name, device, options.threads))
     return result
 
 
