@@ -158,6 +158,16 @@ def test_lengths_of_any_integer_dtype(dtype):
     assert all(map(torch.equal, expected[1:], found[1:]))
 
 
+@pytest.mark.parametrize(("n", "m"), [(2, 9), (9, 2)])
+def test_compiled_too_folds_the_smaller_side(n, m):
+    head = RegionWordHead(16, 2, 2)
+    inputs = torch.randn(n, 6, 16), torch.randn(m, 6, 16), torch.full((m,), 6)
+    compiled = torch.compile(head.operands, fullgraph=True, backend="eager")
+    found, expected = compiled(*inputs), head.operands(*inputs)
+    for side in ("region_units", "word_units"):
+        torch.testing.assert_close(found[side], expected[side])
+
+
 def test_exported_for_all_batch_sizes():
     def inputs(n, m):
         regions, words = torch.randn(n, 6, 16), torch.randn(m, 7, 16)

@@ -112,8 +112,9 @@ def _tanh_complement(a):
 def _activate(products, offset, one, EXACT: tl.constexpr):
     """Products of one region and their ``leaky_relu(tanh(.))``.
 
-    ``one`` is ``_tanh_complement(0)``, to the bit: of zeros a norm would else be made of what rounding leaves of them.
-    (A `where` would do too, but it makes loads wait for each other, and the kernel take twice as long.)
+    ``one`` is ``_tanh_complement(0)`` as the GPU rounds it: zeros give 0, or what a fused product leaves of it, far
+    below EPS; of more, a norm would be made. Where all products are below 1e-4 or so their last digits are lost. (A
+    `where` would keep them, but it makes loads wait for each other, and the kernel take twice as long.)
     """
     a = tl.load(products + offset).to(tl.float32)
     t = one - _tanh_complement(a)
@@ -200,7 +201,7 @@ def _place(
     offset = tl.minimum(word, length - 1)[:, None] * block_row + tl.arange(0, IMAGES)[None, :]
     real = tl.where(word < length, 1.0, 0.0)[:, None] + tl.zeros((WORDS, IMAGES), tl.float32)
     smooth = tl.load(smooth_ptr).to(tl.float32)
-    one = _tanh_complement(0.0 * smooth)  # not of a constant, of which the compiler would know better
+    one = _tanh_complement(0.0 * smooth)  # of a constant the compiler would make it, without the GPU's rounding
     return caption, length, image, regions_of, products, offset, real, live_image, smooth, one
 
 

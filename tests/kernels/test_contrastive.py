@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,11 +116,23 @@ def test_large_logits(device, either_pass):
 def test_several_chunks(mode, ratio, device, monkeypatch, either_pass):
     chunk = 32 if INTERPRETING else 256  # one tile or two
     monkeypatch.setattr(contrastive, "_chunk", lambda plan: chunk)
+    monkeypatch.setattr(contrastive, "FINISH_BLOCK", 16)  # several parts of each sum
+    monkeypatch.setattr(contrastive, "SCALE_BLOCK", 2)
     n = 2 * chunk + 6
     inputs, args = case(mode, n, ratio * n, 61, device)
-    _, grads = run(contrastive_loss, inputs, *args)
-    _, expected = run(by_definition, [x.double() for x in inputs], *args)
+    value, grads = run(contrastive_loss, inputs, *args)
+    wanted, expected = run(by_definition, [x.double() for x in inputs], *args)
+    assert error(value, wanted) < 1e-6
     assert all(error(g, e) < 3e-6 for g, e in zip(grads, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("programs", "rows", "expected"),
+    [(132, 256, 8448), (132, 128, 4224), (108, 128, 6912), (148, 128, 4736), (3, 32, 4096)],
+)
+def test_chunks_fill_the_last_round(programs, rows, expected):
+    plan = SimpleNamespace(programs=programs, config=SimpleNamespace(rows=rows))
+    assert contrastive._chunk(plan) == expected
 
 
 @pytest.mark.parametrize(("n", "m"), [(0, 0), (0, 5), (5, 0), (6, 9)])
