@@ -491,6 +491,11 @@ class Saved(NamedTuple):
     unit: Tensor  # (), what G is a multiple of
 
 
+def _saved_shapes(n: int, m: int, mode: int) -> tuple[tuple[int, ...], ...]:
+    on_diagonal, besides = (0, 0) if mode == POSITIVE else (n, cdiv(max(n, m), FINISH_BLOCK))
+    return (n,), (m,), (n,), (m,), (on_diagonal,), (besides,), (), ()
+
+
 @op("contrastive_forward")
 def contrastive_forward(
     image_units: Tensor,
@@ -508,8 +513,7 @@ def contrastive_forward(
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
 
-    on_diagonal, besides = (0, 0) if mode == POSITIVE else (n, finishing)
-    saved = Saved(*map(empty, (n, m, n, m, on_diagonal, besides)), empty(), empty())
+    saved = Saved(*(empty(*shape) for shape in _saved_shapes(n, m, mode)))
     if not n or not m:
         return empty().zero_(), *(x.zero_() for x in saved)
     with on_device_of(image_units):
@@ -567,9 +571,7 @@ def contrastive_forward(
 @contrastive_forward.register_fake
 def _(image_units, folded_text_units, logit_scale, image_ids, text_ids, mode):
     n, m = image_units.shape[0], folded_text_units.shape[0]
-    on_diagonal, besides = (0, 0) if mode == POSITIVE else (n, cdiv(n, FINISH_BLOCK))
-    shapes = ((), (n,), (m,), (n,), (m,), (on_diagonal,), (besides,), (), ())
-    return tuple(image_units.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return tuple(image_units.new_empty(s, dtype=torch.float32) for s in ((), *_saved_shapes(n, m, mode)))
 
 
 @op("contrastive_backward")

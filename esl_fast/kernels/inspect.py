@@ -30,6 +30,7 @@ MODULES = (
     "region_word",
 )  # fmt: skip
 
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"  # of NVIDIA, in Triton's wheel
 # Most shared memory one block may ask for, in bytes; "sm_80" also runs on GPUs that have no more than this.
 SHARED_MEMORY = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 
@@ -104,11 +105,11 @@ def _nvidia(compiled) -> dict[str, int]:
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        out = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+        command = [TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
+        out = subprocess.run(command, capture_output=True, text=True, check=True)
     usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", out.stdout)}
     if "REG" not in usage:
         raise RuntimeError(f"cuobjdump printed no resource usage: {out.stdout} {out.stderr}")

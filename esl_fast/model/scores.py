@@ -99,8 +99,8 @@ class RegionWordScores(Scores):
     @property
     def operands(self) -> dict[str, Tensor | None]:
         """Arguments of the `region_word` functions."""
-        names = "region_units", "word_units", "smooth", "word_lengths", "region_lengths"
-        return {name: getattr(self, name) for name in names}  # PyTorch 2.11 compiles neither `vars` nor `fields`
+        # `vars` and `fields` PyTorch 2.11 does not compile.
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     def matrix(self) -> Tensor:
         return region_word_similarity(**self.operands)

@@ -9,20 +9,17 @@ import pytest
 
 pytest.importorskip("triton")
 
-import triton
-
 from esl_fast.kernels import inspect
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
-DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
 HALF = [case for _, case in inspect.cases(["region_word"]) if case.signature.get("block") == "*bf16"]
 
 
 def loops(cubin: Path) -> list[list[str]]:
     """Instructions of every loop: from the target of a branch backwards to the branch."""
-    code = subprocess.run([DISASSEMBLER, "-c", cubin], capture_output=True, text=True, check=True).stdout
+    code = subprocess.run([inspect.TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
     labels, instructions, found = {}, [], []
     for line in code.splitlines():
         if label := re.match(r"\s*(\.L_\w+):", line):
