@@ -5,6 +5,7 @@ import multiprocessing
 import re
 import resource
 import signal
+import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -35,7 +36,12 @@ def peak(case: registry.Case, competitor: str, device: torch.device, threads: in
 
 
 def limit_to_available() -> None:
-    """Make allocations beyond the machine's free memory fail, here and in child processes, instead of being killed."""
+    """Make allocations beyond the machine's free memory fail, here and in child processes, instead of being killed.
+
+    Linux only, as is the peak memory on a CPU.
+    """
+    if not sys.platform.startswith("linux"):
+        return
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = _field("/proc/self/status", "VmSize") + int(0.9 * _field("/proc/meminfo", "MemAvailable"))
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))

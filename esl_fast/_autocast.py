@@ -2,13 +2,13 @@
 
 import functools
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
 
 # Looked up at import: torch.compile cannot trace the question.
-DEVICES = frozenset(d for d in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(d))
+DEVICES = tuple(d for d in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(d))
 
 
 def without_autocast(op: Callable) -> Callable:
@@ -19,14 +19,12 @@ def without_autocast(op: Callable) -> Callable:
 
     @functools.wraps(op)
     def run(*args: Any, **kwargs: Any) -> Any:
-        device = "cpu"
-        for argument in (*args, *kwargs.values()):
-            if isinstance(argument, Tensor):
-                device = argument.device.type
-                break
-        if device not in DEVICES or not torch.is_autocast_enabled(device):
+        active = [device for device in DEVICES if torch.is_autocast_enabled(device)]
+        if not active:
             return op(*args, **kwargs)
-        with torch.autocast(device, enabled=False):
+        with ExitStack() as stack:
+            for device in active:
+                stack.enter_context(torch.autocast(device, enabled=False))
             return op(*args, **kwargs)
 
     return run

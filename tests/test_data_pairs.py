@@ -82,7 +82,8 @@ def test_pictures_are_transformed_once_when_cached(pictures):
 
 
 def test_pairs_of_features_with_augmentation():
-    pairs = PairDataset(make_split(), None, tokenize, augment=lambda item: item | {"image": item["image"] + 1})
+    pairs = PairDataset(make_split(), None, tokenize)
+    pairs.augment = lambda item: item | {"image": item["image"] + 1}
     assert pairs[2]["image"].dtype == torch.float32
     assert pairs[2]["image"].tolist() == [3, 4]
 

@@ -164,29 +164,7 @@ def test_same_seed_same_bytes_and_another_seed_others():
     assert longer.test.captions == first.test.captions
 
 
-def test_cache_is_used_and_redrawn_when_damaged(tmp_path):
-    fresh = load_dataset("synthetic", size=SIZE, cache=tmp_path)
-    (path,) = tmp_path.iterdir()
-    written = path.stat().st_mtime_ns
-    cached = load_dataset("synthetic", size=SIZE, cache=tmp_path)
-    assert path.stat().st_mtime_ns == written
-    np.testing.assert_array_equal(cached.train.images.pixels, fresh.train.images.pixels)
-    assert cached.test.captions == fresh.test.captions
-    path.write_bytes(path.read_bytes()[:5000])
-    with pytest.warns(UserWarning, match=r"\.npz: the cached data set is damaged"):
-        redrawn = load_dataset("synthetic", size=SIZE, cache=tmp_path)
-    assert redrawn.val.captions == fresh.val.captions
-    load_dataset("synthetic", size=SIZE, cache=tmp_path, seed=1)
-    assert len(list(tmp_path.iterdir())) == 2
-
-
 @pytest.mark.parametrize("options", [{"size": (1, 0, 1)}, {"size": (1, 1)}, {"size": (10**6, 1, 1)}, {"image_size": 8}])
 def test_bad_parameters(options):
     with pytest.raises(DataError, match=r"synthetic: .*got"):
         load_dataset("synthetic", **options)
-
-
-def test_unwritable_cache(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="cache folder cannot be written"):
-        load_dataset("synthetic", size=(2, 2, 2), cache=tmp_path / "file")

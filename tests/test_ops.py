@@ -10,6 +10,7 @@ from helpers import AGGREGATORS, relative_error
 
 import esl_fast
 from esl_fast import blocked, ops, reference
+from esl_fast._autocast import without_autocast
 from esl_fast.kernels._common import INTERPRETING
 
 CHAINS = ("normalized", "raw")
@@ -648,6 +649,12 @@ def test_autocast_changes_nothing():
             gradients = torch.autograd.grad(loss, leaves)
             found.append((*ops.retrieval_ranks(images, texts, owners), *ops.topk(images, texts, 7), loss, *gradients))
     assert all(map(torch.equal, *found))
+
+
+def test_autocast_is_off_whatever_device_comes_first():
+    product = without_autocast(lambda elsewhere, x: x @ x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert product(torch.ones(2, device="meta"), torch.ones(2, 2)).dtype == torch.float32
 
 
 LOSSES = {

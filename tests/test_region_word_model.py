@@ -362,6 +362,24 @@ def test_patches_and_tokens_of_open_clip(vision):
     assert not model.text_tower.tower.token_embedding.weight.requires_grad
 
 
+def test_end_of_text_that_is_not_the_highest_id():
+    def tower(**options):
+        text = clip_config()["text_cfg"] | options
+        return small_model(similarity="region-word-heuristic", clip=clip_config(text_cfg=text)).text_tower
+
+    tokens = torch.tensor([[0, 900, 30, 2, 1, 1], [0, 7, 2, 1, 1, 1]])
+    assert tower(pool_type="eos", eos_id=2)(tokens).lengths.tolist() == [4, 3]
+    with pytest.raises(ValueError, match="pool_type 'last'"):
+        tower(pool_type="last")
+
+
+@pytest.mark.parametrize("text_tower", ["words", "bag"])
+def test_known_tokens_are_clips_beside_another_tokenizer(text_tower):
+    text = clip_config()["text_cfg"] | {"hf_tokenizer_name": "nobody/nothing"}
+    model = small_model(text_tower=text_tower, bag_size=5, clip=clip_config(text_cfg=text))
+    assert model.tokenize(["dog"])[0, 0] == model.special_tokens.start
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

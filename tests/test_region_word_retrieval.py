@@ -389,6 +389,32 @@ def test_packing_of_a_gallery(padded_regions):
     assert torch.equal(scores, ops.region_word_similarity(*case))
 
 
+class Counted(torch.Tensor):
+    """Counts how often parts of the whole are taken."""
+
+    taken, size = 0, 0
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.taken += func is torch.Tensor.__getitem__ and len(args[0]) == cls.size
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize(("query", "blocks"), [("image", 3), ("text", 4)])
+def test_searched_side_is_read_once(query, blocks, monkeypatch):
+    monkeypatch.setattr(region_word_retrieval, "BLOCK_IMAGES", 2)
+    monkeypatch.setattr(region_word_retrieval, "BLOCK_CAPTIONS", 3)
+    case = list(random_case(8, 9))
+    expected = ops.region_word_topk(*case, k=2, query=query)
+    side = 1 if query == "image" else 0
+    case[side] = case[side].as_subclass(Counted)
+    monkeypatch.setattr(Counted, "taken", 0)
+    monkeypatch.setattr(Counted, "size", len(case[side]))
+    found = ops.region_word_topk(*case, k=2, query=query)
+    assert Counted.taken == blocks
+    assert all(map(torch.equal, found, expected))
+
+
 def test_captions_are_packed_once(monkeypatch):
     calls, pack = [], region_word.pack_captions
     monkeypatch.setattr(region_word, "pack_captions", lambda *a: calls.append(1) or pack(*a))

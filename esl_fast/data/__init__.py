@@ -44,7 +44,6 @@ def load_dataset(
     annotations: str | Path | None = None,
     features: str | Path | None = None,
     on_error: OnError = "raise",
-    cache: str | Path | None = None,
     seed: int = 0,
     size: tuple[int, int, int] | None = None,
     image_size: int | None = None,
@@ -60,7 +59,6 @@ def load_dataset(
         features: the .npy file, where `root` has not just one (features).
         on_error: "raise" stops at the first record that cannot be used; "skip" reads every image once, leaves out
             what cannot be used, and warns with the number.
-        cache: folder to keep the drawn images in (synthetic).
         seed: of the drawn images (synthetic), and of the val split set aside from train where there is none.
         size: number of train, val and test images (synthetic).
         image_size: side of the images in pixels (synthetic).
@@ -80,7 +78,6 @@ def load_dataset(
         "image_root": image_root,
         "annotations": annotations,
         "features": features,
-        "cache": cache,
         "size": size,
         "image_size": image_size,
     }

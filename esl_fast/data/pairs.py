@@ -88,8 +88,11 @@ class PairDataset(Dataset):
         split: the images and captions.
         image_transform: picture -> tensor, such as open_clip's preprocessing; not used for feature arrays.
         tokenize: list of n captions -> integer tensor (n, T); see `tokenized`.
-        augment: item -> item, called on each access; it must not write into the tensors it is given.
         cache_bytes: see `ImageTensors`.
+
+    Attributes:
+        augment: item -> item, called on each access; it must not write into the tensors it is given. None: items as
+            they are.
     """
 
     def __init__(
@@ -97,13 +100,12 @@ class PairDataset(Dataset):
         split: Split,
         image_transform: ImageTransform | None,
         tokenize: Callable[[list[str]], Tensor],
-        augment: Callable[[dict], dict] | None = None,
         cache_bytes: int = CACHE_BYTES,
     ):
         self.images = ImageTensors(split.images, image_transform, cache_bytes)
         self.tokens = tokenized(split, tokenize)
         self.owners = split.owners
-        self.augment = augment
+        self.augment: Callable[[dict], dict] | None = None
 
     def __len__(self) -> int:
         return len(self.owners)

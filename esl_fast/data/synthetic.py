@@ -1,15 +1,7 @@
 """A data set drawn by the program itself: no download, and hard enough that matching takes every attribute."""
 
-import hashlib
-import json
-import os
-import tempfile
-import warnings
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -19,7 +11,6 @@ from tqdm import tqdm
 from esl_fast.data.shapes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, Group, Scene, describe, render
 from esl_fast.data.split import DataError, DataSet, Split
 
-GENERATOR_VERSION = 1
 FAMILY = 4
 MAX_IMAGES = 200_000
 # test first, so that its pictures do not depend on the sizes of the others
@@ -44,7 +35,6 @@ def load_synthetic(
     seed: int = 0,
     size: Sequence[int] = (4000, 500, 500),
     image_size: int = 64,
-    cache: str | Path | None = None,
 ) -> DataSet:
     """Scenes of one to four coloured shapes with five captions each.
 
@@ -55,22 +45,13 @@ def load_synthetic(
         seed: the same seed gives the same pictures and captions.
         size: number of images of train, val and test.
         image_size: side of a picture in pixels, at least 32.
-        cache: folder in which the data set is kept; None draws it anew each time.
     """
     if len(size) != 3 or min(size) < 1 or sum(size) > MAX_IMAGES:
         raise DataError(f"synthetic: size must be (train, val, test), each >= 1, in all <= {MAX_IMAGES}; got {size}")
     if image_size < 32:
         raise DataError(f"synthetic: image_size must be at least 32 pixels, got {image_size}")
     counts = dict(zip(("train", "val", "test"), size, strict=True))
-    if cache is None:
-        arrays = _draw(seed, counts, image_size)
-    else:
-        key = json.dumps([GENERATOR_VERSION, seed, *size, image_size])
-        path = Path(cache) / f"synthetic-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
-        arrays = _read_cache(path, counts, image_size)
-        if arrays is None:
-            arrays = _draw(seed, counts, image_size)
-            _write_cache(path, arrays)
+    arrays = _draw(seed, counts, image_size)
     return DataSet("synthetic", **{name: _split(name, arrays) for name in counts}, image_kind="pixels")
 
 
@@ -148,32 +129,3 @@ def _split(name: str, arrays: dict[str, np.ndarray]) -> Split:
     return Split.from_lists(
         name, images, arrays[f"{name}_captions"].tolist(), [f"{name}-{i:05d}" for i in range(len(images))]
     )
-
-
-def _read_cache(path: Path, counts: dict[str, int], image_size: int) -> dict[str, np.ndarray] | None:
-    if not path.exists():
-        return None
-    try:
-        with np.load(path) as stored:
-            arrays = {key: stored[key] for name in counts for key in (f"{name}_images", f"{name}_captions")}
-        if any(arrays[f"{name}_images"].shape != (n, image_size, image_size, 3) for name, n in counts.items()):
-            raise ValueError("wrong shapes")
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        warnings.warn(f"{path}: the cached data set is damaged ({error}) and is drawn anew", stacklevel=3)
-        return None
-    return arrays
-
-
-def _write_cache(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    except OSError as error:
-        raise DataError(f"{path.parent}: the cache folder cannot be written ({error})") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, **arrays)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -68,7 +68,7 @@ class EvaluateConfig:
     checkpoint: list[str] | str | None = None
     model: str | None = None
     pretrained: str | None = None
-    dataset: Literal["synthetic", "flickr30k", "coco", "karpathy", "features", "regions"] | None = None
+    dataset: Literal[tuple(LOADERS)] | None = None
     data_root: str | None = None
     image_root: str | None = None
     annotations: str | None = None

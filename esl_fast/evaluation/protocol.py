@@ -50,7 +50,7 @@ class SplitScores:
 
 
 class Encoder:
-    """Encodes one split with one or several models; pictures and tokens are prepared once and kept if they fit."""
+    """Encodes one split with one or several models: tokens are made once, pictures kept if they fit `cache_bytes`."""
 
     def __init__(self, split: Split, batch_size: int = 256, workers: int = 0, cache_bytes: int = 0) -> None:
         self.split = split.limit_captions(CAPTIONS_PER_IMAGE)
@@ -141,8 +141,9 @@ def evaluate(
     encoders: dict[str, Encoder] = {}
 
     def encoder_of(model: MatchingModel) -> Encoder:
-        # Models that read the same input share what was prepared for it.
-        key = json.dumps((model.config.clip, model.config.bert), sort_keys=True, default=str)
+        # Models that read the same input share its tokens.
+        config = model.config
+        key = json.dumps((config.text_tower, config.clip, config.bert), sort_keys=True, default=str)
         return encoders.setdefault(key, Encoder(split, batch_size, workers))
 
     parts = []

@@ -297,12 +297,12 @@ def _load_slot(indices_ptr, values_ptr, slot, unit, DIM: tl.constexpr):
 
 @triton.jit
 def _combine(
-    level, stride, indices_ptr, values_ptr, counts_ptr,
+    source, stride, indices_ptr, values_ptr, counts_ptr,
     DIM: tl.constexpr, PADDED: tl.constexpr, SLOTS: tl.constexpr, WRITTEN: tl.constexpr,
 ):  # fmt: skip
-    """``out[:, i] = sum over slots of values[slot, i] * level[:, indices[slot, i]]``.
+    """``out[:, i] = sum over slots of values[slot, i] * source[:, indices[slot, i]]``.
 
-    ``level`` points to unit 0 of each sample ``(samples, 1)``, units lie ``stride`` apart; ``WRITTEN``: this program
+    ``source`` points to unit 0 of each sample ``(samples, 1)``, units lie ``stride`` apart; ``WRITTEN``: this program
     has just written them, so a barrier comes first. The longest list bounds the loop, of at most ``SLOTS``. Slots
     beyond a shorter list hold zeros.
     """
@@ -313,12 +313,12 @@ def _combine(
     second_index, second_value = _load_slot(indices_ptr, values_ptr, min(1, SLOTS - 1), unit, DIM)
     if WRITTEN:
         tl.debug_barrier()
-    out = value[None, :] * tl.load(level + index[None, :] * stride).to(tl.float32)
+    out = value[None, :] * tl.load(source + index[None, :] * stride).to(tl.float32)
     if SLOTS > 1:
-        out += second_value[None, :] * tl.load(level + second_index[None, :] * stride).to(tl.float32)
+        out += second_value[None, :] * tl.load(source + second_index[None, :] * stride).to(tl.float32)
     for slot in range(2, slots):
         index, value = _load_slot(indices_ptr, values_ptr, slot, unit, DIM)
-        out += value[None, :] * tl.load(level + index[None, :] * stride).to(tl.float32)
+        out += value[None, :] * tl.load(source + index[None, :] * stride).to(tl.float32)
     return out
 
 
@@ -341,15 +341,15 @@ def _adaptive_forward(
         columns = tl.arange(0, PADDED[0]).to(tl.int64)
         z, norm = _load_embeddings(x_ptr, x_row, x_col, rows, columns, n, DIMS[0], NORMALIZE)
         _store_units(units_ptr, units_row, rows, columns, n, z, 0, DIMS[0])
-        level = x_ptr + tl.minimum(rows, n - 1)[:, None] * x_row
+        source = x_ptr + tl.minimum(rows, n - 1)[:, None] * x_row
         stride = x_col
         for k in tl.static_range(1, LEVELS + 1):
             if k > 1:
-                level = chain + (OFFSETS[k - 1] - DIMS[0])
+                source = chain + (OFFSETS[k - 1] - DIMS[0])
                 stride = 1
-                tl.store(level + columns[None, :], z, mask=(columns < DIMS[k - 1])[None, :])
+                tl.store(source + columns[None, :], z, mask=(columns < DIMS[k - 1])[None, :])
             z = _combine(
-                level, stride, columns_ptr + STARTS[k - 1], values_ptr + STARTS[k - 1],
+                source, stride, columns_ptr + STARTS[k - 1], values_ptr + STARTS[k - 1],
                 counts_ptr + (OFFSETS[k] - DIMS[0]), DIMS[k], PADDED[k], DIMS[k - 1], k > 1,
             )  # fmt: skip
             if k == 1 and NORMALIZE:

@@ -184,9 +184,9 @@ def degrees_scales(
     temp_scale_1: Tensor,
     temp_scale_2: Tensor,
     *,
-    sigmoid_gate: bool = True,
-    sharp: bool = True,
-    mean: bool = True,
+    sigmoid_gate: bool,
+    sharp: bool,
+    mean: bool,
 ) -> Tensor:
     """Scales ``(L+1,)`` float32, ``degree_k`` and, if ``mean``, divided by the number of levels; differentiable.
 
@@ -357,20 +357,23 @@ def _scales_finish(products_ptr, grad_scales_ptr, DIMS: tl.constexpr, BLOCK: tl.
     tl.store(grad_scales_ptr + tl.program_id(0), tl.sum(products, 0).to(grad_scales_ptr.dtype.element_ty))
 
 
-def _tiles(dtype: torch.dtype, hip: bool) -> tuple[dict, dict, int, int]:
-    """Tiles of the fold and of the matrices' gradient, number of warps and of stages.
+WARPS = 8
 
-    With descriptors in 16 bits the fold takes half as many warps: no addresses lie in registers.
-    """
+
+def _tiles(dtype: torch.dtype) -> tuple[dict, dict]:
+    """Tiles of the fold and of the matrices' gradient."""
     if dtype == torch.float32:
-        tiles = {"BLOCK_N": 64, "BLOCK_C": 64, "BLOCK_K": 16}
-        return tiles, {"BLOCK_N": 32, "BLOCK_C": 64, "BLOCK_K": 64}, 8, 2 if hip else 3
-    tiles = {"BLOCK_N": 128, "BLOCK_C": 128, "BLOCK_K": 64}
-    return tiles, {"BLOCK_N": 64, "BLOCK_C": 128, "BLOCK_K": 64}, 8, 2 if hip else 3
+        return {"BLOCK_N": 64, "BLOCK_C": 64, "BLOCK_K": 16}, {"BLOCK_N": 32, "BLOCK_C": 64, "BLOCK_K": 64}
+    return {"BLOCK_N": 128, "BLOCK_C": 128, "BLOCK_K": 64}, {"BLOCK_N": 64, "BLOCK_C": 128, "BLOCK_K": 64}
 
 
-def _fold_warps(dtype: torch.dtype, warps: int, descriptors: bool) -> int:
-    return warps // 2 if descriptors and dtype != torch.float32 else warps
+def _stages(hip: bool) -> int:
+    return 2 if hip else 3
+
+
+def _fold_warps(dtype: torch.dtype, descriptors: bool) -> int:
+    """With descriptors in 16 bits half as many: no addresses lie in registers."""
+    return WARPS // 2 if descriptors and dtype != torch.float32 else WARPS
 
 
 @cache
@@ -399,14 +402,6 @@ def _descriptors(n: int, *operands: Tensor) -> bool:
     return n >= DESCRIPTORS_FROM and _has_descriptors(operands[0].device) and all(map(tma_ready, operands))
 
 
-def _matrix_dims(matrices: Sequence[Tensor], units: Tensor) -> tuple[int, ...]:
-    shapes = [tuple(m.shape) for m in matrices]
-    dims = tuple(shape[0] for shape in shapes)
-    if shapes != [(dim, dim) for dim in dims] or sum(dims) != units.shape[1]:
-        raise ValueError(f"matrices must be (d_k, d_k) with sum d_k = {units.shape[1]}, got {shapes}")
-    return dims
-
-
 @torch.no_grad()
 def _flat(matrices: Sequence[Tensor]) -> Tensor:
     return torch.cat([matrix.reshape(-1) for matrix in matrices])
@@ -414,7 +409,7 @@ def _flat(matrices: Sequence[Tensor]) -> Tensor:
 
 def _launch_pack(flat: Tensor, dims: tuple[int, ...], dtype: torch.dtype, transposed: bool) -> Tensor:
     """``D_k^T`` of all levels, or ``D_k`` if ``transposed``, as the fold reads them."""
-    tiles, *_ = _tiles(dtype, bool(torch.version.hip))
+    tiles, _ = _tiles(dtype)
     count, bandwidth = _bandwidth(dims, tiles["BLOCK_C"], tiles["BLOCK_K"])
     packed = torch.empty((count * tiles["BLOCK_C"], bandwidth), dtype=dtype, device=flat.device)
     with on_device_of(flat):
@@ -434,7 +429,7 @@ def _launch_fold(x: Tensor, packed: Tensor, dims: tuple[int, ...], scales: Tenso
     folded = padded_rows(n, width, x.dtype, x.device)
     if n == 0:
         return folded
-    tiles, _, warps, stages = _tiles(x.dtype, bool(torch.version.hip))
+    tiles, _ = _tiles(x.dtype)
     count, bandwidth = _bandwidth(dims, tiles["BLOCK_C"], tiles["BLOCK_K"])
     descriptors = _descriptors(n, x)
     units, weights = x, packed
@@ -448,7 +443,7 @@ def _launch_fold(x: Tensor, packed: Tensor, dims: tuple[int, ...], scales: Tenso
             {
                 "DIMS": dims, "WIDTH": width, "BANDWIDTH": bandwidth, **tiles, "DESCRIPTORS": descriptors,
                 "UPCAST": INTERPRETING, "PRECISION": _precision(x.device),
-                "num_warps": _fold_warps(x.dtype, warps, descriptors), "num_stages": stages,
+                "num_warps": _fold_warps(x.dtype, descriptors), "num_stages": _stages(bool(torch.version.hip)),
             },
         )  # fmt: skip
     return folded
@@ -462,7 +457,7 @@ def _launch_matrices_backward(
     grad_scales = torch.empty(len(dims), dtype=scales.dtype, device=left.device)
     if n == 0:
         return torch.zeros_like(flat), grad_scales.zero_()
-    _, tiles, warps, stages = _tiles(left.dtype, bool(torch.version.hip))
+    _, tiles = _tiles(left.dtype)
     count, bandwidth = _bandwidth(dims, tiles["BLOCK_C"], tiles["BLOCK_K"])
     parts = min(8, cdiv(n, 256))
     span = cdiv(cdiv(n, parts), tiles["BLOCK_N"]) * tiles["BLOCK_N"]
@@ -482,7 +477,7 @@ def _launch_matrices_backward(
             {
                 "DIMS": dims, "WIDTH": width, "TOTAL": flat.numel(), **tiles,
                 "DESCRIPTORS": descriptors, "UPCAST": INTERPRETING, "PRECISION": _precision(left.device),
-                "num_warps": warps, "num_stages": stages,
+                "num_warps": WARPS, "num_stages": _stages(bool(torch.version.hip)),
             },
         )  # fmt: skip
         launch(
@@ -500,7 +495,7 @@ def _launch_matrices_backward(
 def _fold(units: Tensor, matrices: list[Tensor], flat: Tensor, scales: Tensor, side: str) -> Tensor:
     """``flat`` holds the ``matrices`` one after another; their gradient goes to ``matrices``."""
     image = side == "image"
-    dims = _matrix_dims(matrices, units)
+    dims = tuple(len(matrix) for matrix in matrices)
     return _launch_fold(units, _launch_pack(flat, dims, units.dtype, image), dims, scales.contiguous())
 
 
@@ -608,7 +603,7 @@ def compile_cases() -> list[CompileCase]:
     )
     for kind, descriptors, precision, targets in kinds:
         dtype = torch.float32 if kind == "fp32" else torch.bfloat16
-        tiles, back_tiles, warps, stages = _tiles(dtype, "gfx942" in targets)
+        (tiles, back_tiles), stages = _tiles(dtype), _stages("gfx942" in targets)
         name = f"{kind}{'' if kind == 'bf16' else '_' + precision}_{'tma' if descriptors else 'pointers'}_{targets[0]}"
         unit = "bf16" if kind == "bf16" else {"ieee": "fp32"}.get(precision, precision)
 
@@ -627,7 +622,7 @@ def compile_cases() -> list[CompileCase]:
         found.append(
             CompileCase(
                 f"fold_{name}", _fold_forward, signature, {**common, **tiles, "BANDWIDTH": bandwidth, "units_col": 1},
-                _fold_warps(dtype, warps, descriptors), stages, aligned,
+                _fold_warps(dtype, descriptors), stages, aligned,
                 wants_wgmma=precision != "ieee" or kind == "bf16", flops=2 * n * total,
                 bytes=size * (2 * n * width + total), precision=unit, targets=targets,
             )
@@ -642,7 +637,7 @@ def compile_cases() -> list[CompileCase]:
             CompileCase(
                 f"matrices_backward_{name}", _matrices_backward, signature,
                 {**common, **back_tiles, "TOTAL": total, "left_col": 1, "right_col": 1},
-                warps, stages, aligned, wants_wgmma=precision != "ieee" or kind == "bf16", flops=2 * n * total,
+                WARPS, stages, aligned, wants_wgmma=precision != "ieee" or kind == "bf16", flops=2 * n * total,
                 bytes=size * 2 * n * width + 32 * total, precision=unit, targets=targets,
             )
         )  # fmt: skip

@@ -1,6 +1,6 @@
 """Compile every kernel without a GPU and say what became of it.
 
-    python -m esl_fast.kernels.inspect [--target sm_90] [--module similarity] [--json]
+    python -m esl_fast.kernels.inspect [--target sm_90] [--module similarity]
 
 A kernel module lists what its launchers run as ``compile_cases() -> list[CompileCase]``. Registers, stack and shared
 memory come from `cuobjdump` in Triton's wheel for NVIDIA (spills show as STACK) and from the assembly's metadata for
@@ -8,9 +8,7 @@ AMD. Run it in a process without `TRITON_INTERPRET`: interpreted kernels cannot 
 """
 
 import argparse
-import dataclasses
 import importlib
-import json
 import re
 import subprocess
 import sys
@@ -31,8 +29,6 @@ MODULES = (
 )  # fmt: skip
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"  # of NVIDIA, in Triton's wheel
-# Most shared memory one block may ask for, in bytes; "sm_80" also runs on GPUs that have no more than this.
-SHARED_MEMORY = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 
 
 @dataclass(frozen=True)
@@ -163,10 +159,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m esl_fast.kernels.inspect", description=__doc__.splitlines()[0])
     parser.add_argument("--target", action="append", choices=sorted(TARGETS), help="default: all; may be repeated")
     parser.add_argument("--module", action="append", choices=MODULES, help="default: all; may be repeated")
-    parser.add_argument("--json", action="store_true", help="one JSON list instead of the table")
     args = parser.parse_args(argv)
     rows = list(reports(args.target or tuple(TARGETS), args.module or MODULES))
-    print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) if args.json else table(rows))
+    print(table(rows))
     return int(any(row.error for row in rows))
 
 

@@ -476,8 +476,8 @@ def _backward(
         real = torch.arange(max_words, device=device) < lengths[:, None]
         rows = torch.where(real.view(-1), rows, -1)
     words = _gather(word_units, rows)
-    columns = min(GRADIENT_BYTES // (region_units.element_size() * total), 2**31 // (2 * MAX_WORDS))
-    block_images = columns // regions
+    most_columns = min(GRADIENT_BYTES // (region_units.element_size() * total), 2**31 // (2 * MAX_WORDS))
+    block_images = most_columns // regions
     block_images = max(1, min(n, block_images))
     blocks = caption_blocks(packing, max_words, total)
     several = n > block_images

@@ -80,9 +80,8 @@ class Head(nn.Module):
     def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Similarity ``(N, M)`` of image features ``(N, d)`` and text features ``(M, d)``.
 
-        Features as they come from the towers (not normalised), any float dtype; the result has their dtype. A feature
-        of zeros has no direction: its scores are NaN. Raises TypeError or ValueError for integer tensors, wrong sizes,
-        different devices and (on a CPU) non-finite features.
+        Features as they come from the towers (not normalised), any float dtype; the result has their dtype. Raises
+        TypeError or ValueError for integer tensors, wrong sizes, different devices and (on a CPU) non-finite features.
         """
         if not (self.plain and ops.streams(image_features, text_features)):
             return self.scores(image_features, text_features).matrix()
@@ -114,7 +113,8 @@ class Head(nn.Module):
 class ESLHead(LevelHead, Head):
     """ESL over one embedding an image and one a caption (the global variant).
 
-    ``S[i, j] = (1 / (L+1)) * sum_k degree_k * x_k(i)^T D_k y_k(j)`` over levels k = 0..L.
+    ``S[i, j] = (1 / (L+1)) * sum_k degree_k * x_k(i)^T D_k y_k(j)`` over levels k = 0..L. A feature of zeros has no
+    direction: its scores are NaN.
 
     Args:
         embed_dim: d, the width of the features on both sides.

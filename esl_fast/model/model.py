@@ -174,6 +174,8 @@ class MatchingModel(nn.Module):
         """From captions to token ids ``(M, T)``."""
         if self.config.text_tower == "bert":
             return sequence_towers.bert_tokenizer(self.config.bert)
+        if self.config.text_tower != "open_clip":
+            return towers.clip_tokenizer(self.config.clip)
         return towers.make_tokenizer(self.config.clip)
 
     def check_fits(self, image_kind: str, feature_dim: int | None) -> None:
@@ -196,7 +198,7 @@ class MatchingModel(nn.Module):
         """Token ids that are no words. Raises ValueError for a tokenizer whose ids are not known here."""
         if self.config.text_tower == "bert":
             return sequence_towers.bert_special_tokens(self.config.bert)
-        if (self.config.clip or {}).get("text_cfg", {}).get("hf_tokenizer_name"):
+        if self.config.text_tower == "open_clip" and self.config.clip.get("text_cfg", {}).get("hf_tokenizer_name"):
             raise ValueError("words can be masked among CLIP's and BERT's tokens only; set size_augmentation to 0")
         # CLIP's vocabulary has no mask; its start of text stands nowhere else, and no bag knows it.
         return SpecialTokens(towers.CLIP_SPECIAL, towers.CLIP_SPECIAL + 1, towers.CLIP_SPECIAL)

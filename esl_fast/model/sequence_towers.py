@@ -74,12 +74,15 @@ class TextTokens(nn.Module):
         super().__init__()
         if not isinstance(tower, TextTransformer) or tower.cls_emb is not None or tower.attn_mask is None:
             raise ValueError("word tokens need open_clip's own causal text transformer")
+        if tower.pool_type not in ("argmax", "eos"):
+            raise ValueError(f"word tokens end where the text does, which pool_type {tower.pool_type!r} does not say")
         self.tower = tower
 
-    @staticmethod
-    def extent(tokens: Tensor) -> Tensor:
-        """``(M,)``, how far each row of tokens reaches."""
-        return tokens.argmax(-1) + 1  # the end of text is the highest token
+    def extent(self, tokens: Tensor) -> Tensor:
+        """``(M,)``, how far each row of tokens reaches, the end of text included."""
+        if self.tower.pool_type == "eos":
+            tokens = (tokens == self.tower.eos_id).int()
+        return tokens.argmax(-1) + 1
 
     def forward(self, tokens: Tensor) -> Sequences:
         tower, count = self.tower, tokens.shape[1]
@@ -101,7 +104,10 @@ class WordEmbeddings(KnownTokens):
     def __init__(self, size: int, embed_dim: int) -> None:
         super().__init__(nn.Embedding(size, embed_dim, padding_idx=0))
 
-    extent = staticmethod(TextTokens.extent)
+    @staticmethod
+    def extent(tokens: Tensor) -> Tensor:
+        """``(M,)``, how far each row of tokens reaches: CLIP's end of text is its highest id."""
+        return tokens.argmax(-1) + 1
 
     def forward(self, tokens: Tensor) -> Sequences:
         # Start and end of text are no words.

@@ -201,12 +201,18 @@ def image_transform(config: dict[str, Any]) -> Callable:
 def make_tokenizer(config: dict[str, Any] | None) -> Callable[[list[str]], Tensor]:
     """Tokenizer of an open_clip configuration: list of captions -> token ids ``(M, T)``."""
     text = (config or {}).get("text_cfg", {})
-    context = text.get("context_length", CLIP_CONTEXT)
     if text.get("hf_tokenizer_name"):
         return open_clip.HFTokenizer(
-            text["hf_tokenizer_name"], context_length=context, **(text.get("tokenizer_kwargs") or {})
+            text["hf_tokenizer_name"],
+            context_length=text.get("context_length", CLIP_CONTEXT),
+            **(text.get("tokenizer_kwargs") or {}),
         )
-    return _clip_tokenizer(context)
+    return clip_tokenizer(config)
+
+
+def clip_tokenizer(config: dict[str, Any] | None) -> open_clip.SimpleTokenizer:
+    """CLIP's own tokenizer, which :class:`KnownTokens` go by, as long as an open_clip configuration's texts."""
+    return _clip_tokenizer((config or {}).get("text_cfg", {}).get("context_length", CLIP_CONTEXT))
 
 
 @functools.lru_cache

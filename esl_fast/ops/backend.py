@@ -15,8 +15,9 @@ class use_backend:
     """Choose the implementation of ops: ``"triton"``, ``"torch"`` or ``"auto"`` (Triton on a GPU, else PyTorch).
 
     What has no kernel is PyTorch either way: the hinge loss of a matrix, pairs picked out by a shortlist or by hardest
-    negatives, captions of more than 128 words, more than 1,024 best matches, a search of a float64 gallery; and
-    units, similarities and losses that a transform of `torch.func` or forward-mode differentiation goes through.
+    negatives, captions of more than 128 words, more than 1,024 best matches, a search of a float64 gallery, counting
+    and sorting scores of regions and words; and units, similarities and losses that a transform of `torch.func` or
+    forward-mode differentiation goes through.
 
     Takes effect at once, in all threads, and, used as a context manager, is undone at its end:
 

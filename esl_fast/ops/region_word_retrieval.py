@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from esl_fast._autocast import without_autocast
-from esl_fast.blocked.ranks import by_owner, count_ranks
+from esl_fast.blocked.ranks import BLOCK_CAPTIONS, BLOCK_IMAGES, by_owner, count_ranks
 from esl_fast.blocked.region_word_pairs import candidate_scores
 from esl_fast.blocked.topk import Best, lowest_where_nan
 from esl_fast.ops import checks
@@ -12,10 +12,6 @@ from esl_fast.ops.contribution import SIDES
 from esl_fast.ops.ranks import retrieval_ranks
 from esl_fast.ops.region_word import CaptionBlocks, check_region_word, slices
 from esl_fast.ops.topk import topk
-
-# What :func:`region_word_topk` scores at a time.
-BLOCK_IMAGES = 512
-BLOCK_CAPTIONS = 4096
 
 
 @torch.no_grad()
@@ -96,16 +92,22 @@ def region_word_topk(
     n, m = region_units.shape[0], word_units.shape[0]
     queries, gallery = (n, m) if query == "image" else (m, n)
     best = Best(queries, gallery, k, torch.promote_types(region_units.dtype, torch.float32), device)
-    captions = CaptionBlocks(word_units, word_lengths, device)
-    for images in slices(n, BLOCK_IMAGES):
-        regions = region_units[images].to(device)
-        some = None if region_lengths is None else region_lengths[images]
+    # What is searched is the outer loop: each block of it moves once.
+    if query == "image":
+        word_lengths = word_lengths.cpu()
         for texts in slices(m, BLOCK_CAPTIONS):
-            scores = captions.scores(regions, texts, smooth, some)
-            if query == "image":
-                best.update(images, texts.start, scores)
-            else:
-                best.update(texts, images.start, scores.mT)
+            captions = CaptionBlocks(word_units[texts].to(device), word_lengths[texts], device)
+            every = slice(0, texts.stop - texts.start)
+            for images in slices(n, BLOCK_IMAGES):
+                some = None if region_lengths is None else region_lengths[images]
+                best.update(images, texts.start, captions.scores(region_units[images], every, smooth, some))
+    else:
+        captions = CaptionBlocks(word_units, word_lengths, device)
+        for images in slices(n, BLOCK_IMAGES):
+            regions = region_units[images].to(device)
+            some = None if region_lengths is None else region_lengths[images]
+            for texts in slices(m, BLOCK_CAPTIONS):
+                best.update(texts, images.start, captions.scores(regions, texts, smooth, some).mT)
     return best.values, best.indices
 
 

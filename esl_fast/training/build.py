@@ -63,7 +63,7 @@ def _new(config: TrainConfig, data: DataSet) -> MatchingModel:
         bert, has_weights = sequence_towers.read_bert_folder(config.bert)
         bert_weights = config.bert if has_weights else None
     if config.text_tower in ("bag", "words"):
-        vocabulary = towers.KnownTokens.vocabulary_of(tokenized(data.train, towers.make_tokenizer(clip)))
+        vocabulary = towers.KnownTokens.vocabulary_of(tokenized(data.train, towers.clip_tokenizer(clip)))
         bag_size = len(vocabulary) + 2
     model = MatchingModel(
         ModelConfig(

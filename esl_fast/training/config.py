@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
+from esl_fast.data import LOADERS
 from esl_fast.data.regions import CAPTIONS_PER_IMAGE
 from esl_fast.files import replace_text
 from esl_fast.model.checkpoint import load_checkpoint
@@ -104,7 +105,7 @@ class TrainConfig:
         log_every: Steps between two lines of metrics.jsonl.
     """
 
-    dataset: Literal["synthetic", "flickr30k", "coco", "karpathy", "features", "regions"] = "synthetic"
+    dataset: Literal[tuple(LOADERS)] = "synthetic"
     recipe: str = "auto"
     data_root: str | None = None
     image_root: str | None = None
