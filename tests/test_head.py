@@ -21,6 +21,7 @@ from helpers import (
 )
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.nn.utils import prune
 
 from esl_fast import ESLHead, RegionWordHead, blocked, reference, similarity
 from esl_fast.model import SIMILARITIES, CosineHead, Head, make_head, official
@@ -404,6 +405,7 @@ BAD_FEATURES = {
     "integers": (torch.ones(3, 64, dtype=torch.int64), TypeError, "NAME has dtype torch.int64"),
     "array": (GOOD.numpy(), TypeError, "NAME is a ndarray"),
     "width": (torch.ones(3, 63), ValueError, r"NAME has shape \(3, 63\); expected \(n, 64\)"),
+    "sparse": (torch.ones(3, 64).to_sparse(), TypeError, "NAME has layout torch.sparse_coo"),
     "vector": (torch.ones(64), ValueError, r"NAME has shape \(64,\)"),
     "device": (torch.ones(3, 64, device="meta"), ValueError, "different devices.*NAME on meta"),
 }
@@ -691,6 +693,69 @@ def test_methods_replaced_on_the_object_are_called():
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
             torch.testing.assert_close(head(images, texts), 2 * expected)
+
+
+@pytest.mark.parametrize("make", [lambda: ESLHead(16, 2, 3), lambda: CosineHead(16)], ids=["esl", "cosine"])
+def test_scores_replaced_on_the_object_are_asked_for(make):
+    head, images, texts = make().eval(), torch.randn(3, 16), torch.randn(5, 16)
+    scores = head.scores
+    expected = head(images, texts)
+    head.scores = lambda x, y: scores(2 * x, x.new_zeros(5, 16).copy_(y[[0] * 5]))
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(head(images, texts), expected[:, :1].expand(3, 5))
+
+
+def test_levels_replaced_on_the_object_are_taken():
+    head, images, texts = ESLHead(16, 2, 3, "adaptive").eval(), torch.randn(3, 16), torch.randn(5, 16)
+    with torch.no_grad():
+        head(images, texts)
+        levels = head.image.levels
+        head.image.levels = lambda: ([weight.flip(1) for weight in levels()[0]], None)
+        torch.testing.assert_close(head(images, texts), head.scores(images, texts).matrix())
+
+
+PRUNED = {
+    "degrees": lambda head: (head.contribution, "w"),
+    "a matrix": lambda head: (head.contribution.matrices, "0"),
+    "an aggregator": lambda head: (head.image.weights, "0"),
+}
+
+
+@pytest.mark.parametrize("where", PRUNED.values(), ids=PRUNED)
+def test_pruned_heads_train(where):
+    head, images, texts = ESLHead(16, 2, 3, "adaptive"), torch.randn(3, 16), torch.randn(5, 16)
+    part, name = where(head)
+    prune.random_unstructured(part, name, 0.5)
+    original = getattr(part, f"{name}_orig")
+    for _ in range(2):
+        head(images, texts).sum().backward()
+    assert original.grad.any()
+    head.eval()
+    with torch.no_grad():
+        before = head(images, texts)
+        original.copy_(torch.rand_like(original))
+        after = head(images, texts)
+    assert not torch.equal(before, after)
+    with pytest.raises(ValueError, match="is no plain parameter"):
+        head.to_official()
+    prune.remove(part, name)
+    torch.testing.assert_close(head(images, texts), after)
+    head.to_official()
+
+
+@either
+def test_hooks_of_the_contribution_fire(aggregator):
+    for head, features in (
+        (ESLHead(16, 2, 3, aggregator).eval(), (torch.randn(3, 16), torch.randn(5, 16))),
+        (RegionWordHead(16, 2, 3, aggregator), (torch.randn(3, 4, 16), torch.randn(5, 2, 16), torch.ones(5).long())),
+    ):
+        seen = []
+        head.contribution.register_forward_hook(lambda *call, seen=seen: seen.append(1))
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                head(*features)
+        assert len(seen) == 2
 
 
 @pytest.mark.parametrize("base", [ESLHead, CosineHead])

@@ -57,6 +57,17 @@ def test_a_tolerance_is_not_negative(tolerance):
         sparse_head("heuristic").narrowed(tolerance)
 
 
+NAMES = ["contribution.w", "contribution.matrices.2", "contribution.temp_scale_1", "text.weight"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_bound_of_what_is_not_finite(name):
+    head = sparse_head("heuristic")
+    head.get_parameter(name).data.view(-1)[-1] = float("nan")
+    with pytest.raises(ValueError, match=f"{name} has non-finite values"):
+        head.narrowed(0.3)
+
+
 def test_the_drop_in_is_the_head():
     head = sparse_head("adaptive")
     images, texts = torch.randn(5, 64).double().requires_grad_(), torch.randn(7, 64).double()

@@ -606,6 +606,16 @@ def test_a_choice_of_backend_may_be_used_again():
         assert ops.backend._active == "auto"
 
 
+@pytest.mark.usefixtures("any_backend")
+def test_a_choice_of_backend_may_be_nested_in_itself():
+    choice = esl_fast.use_backend("torch")
+    with choice:
+        with choice:
+            pass
+        assert ops.backend._active == "torch"
+    assert ops.backend._active == "auto"
+
+
 def run_anything():
     return ops.aggregate(torch.ones(1, 4), random_taps(1), chain="raw")
 
@@ -716,6 +726,19 @@ def test_losses_are_no_constants_to_a_second_gradient(loss):
         gradient.square().sum().backward()
     with pytest.raises(RuntimeError, match="can be differentiated once"):
         torch.autograd.functional.hessian(lambda a: loss(a, texts), images)
+
+
+def test_topk_converts_few_of_a_gallery_at_a_time(monkeypatch):
+    monkeypatch.setattr(blocked.topk, "BLOCK_ELEMENTS", 40)
+    sizes, update = [], blocked.topk.Best.update
+
+    def counted(best, queries, first, scores):
+        sizes.append(scores.shape[1])
+        update(best, queries, first, scores)
+
+    monkeypatch.setattr(blocked.topk.Best, "update", counted)
+    esl_fast.topk(torch.ones(1, 8), torch.ones(17, 8).half(), 2)
+    assert sizes == [5, 5, 5, 2]
 
 
 def test_topk_compiled():

@@ -543,3 +543,11 @@ def test_real_bert(tmp_path):
     trained = {name for name, p in model.text_tower.named_parameters() if p.requires_grad}
     assert not any("embeddings" in name or "layer.0" in name for name in trained)
     assert any("layer.1" in name for name in trained)
+
+
+def test_gradients_are_no_constants_to_a_second_one():
+    head, words = RegionWordHead(8, 2, 2), torch.rand(2, 4, 8)
+    regions = torch.rand(3, 5, 8, requires_grad=True)
+    (gradient,) = torch.autograd.grad(head(regions, words, torch.tensor([2, 4])).sum(), [regions], create_graph=True)
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        gradient.square().sum().backward()

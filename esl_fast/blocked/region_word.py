@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import leaky_relu_
 
 from esl_fast._autocast import without_autocast
+from esl_fast._autograd import first_order
 from esl_fast.reference.region_word import EPS, SLOPE
 
 # Regions and words multiplied at a time, products reduced at a time (these fit the cache).
@@ -351,6 +352,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
 
+@first_order
 @without_autocast
 def _differentiate(ctx, grad):
     wanted = ctx.needs_input_grad[:3]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-# Scores held at a time.
+# Scores, and entries of the gallery, held at a time.
 BLOCK_ELEMENTS = 1 << 24
 
 
@@ -42,7 +42,7 @@ def topk(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
     compute = torch.promote_types(torch.promote_types(queries.dtype, gallery.dtype), torch.float32)
     queries = queries.to(compute)
     best = Best(len(queries), len(gallery), k, compute, queries.device)
-    size = max(1, BLOCK_ELEMENTS // max(len(queries), 1))
+    size = max(1, BLOCK_ELEMENTS // max(*queries.shape, 1))
     for first in range(0, len(gallery), size):
         block = gallery[first : first + size].to(queries.device, compute)
         best.update(slice(None), first, queries @ block.mT)

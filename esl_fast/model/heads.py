@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from esl_fast import ops
 from esl_fast._eager import is_exporting
 from esl_fast.model import official
-from esl_fast.model.parts import Aggregator, Contribution, LevelHead, tensors_of
+from esl_fast.model.parts import Contribution, LevelHead, is_plain, tensors_of
 from esl_fast.model.region_word import RegionWordHead
 from esl_fast.model.scores import InnerProducts
 
 # Methods of a head that somebody may replace on the object.
-REPLACEABLE = ("fold", "image_units", "sides", "text_units", "block_units")
+REPLACEABLE = ("fold", "image_units", "scores", "sides", "text_units", "block_units")
 
 
 def nothing_replaced(head: nn.Module) -> bool:
@@ -35,7 +35,8 @@ class Head(nn.Module):
     @property
     def plain(self) -> bool:
         """Whether nobody observes or replaces calls of its parts: then they may be worked around."""
-        return type(self).sides is Head.sides and nothing_replaced(self)
+        own = type(self)
+        return own.sides is Head.sides and own.scores is Head.scores and nothing_replaced(self)
 
     def image_units(self, x: Tensor) -> Tensor:
         """Units ``(N, U)`` of image features ``(N, d)``."""
@@ -167,11 +168,11 @@ class ESLHead(LevelHead, Head):
 
     @property
     def plain(self) -> bool:
-        parts = Aggregator.is_plain(self.image) and Aggregator.is_plain(self.text)
-        return parts and type(self) is ESLHead and type(self.contribution) is Contribution and nothing_replaced(self)
+        parts = self.image, self.text, self.contribution
+        return type(self) is ESLHead and nothing_replaced(self) and all(map(is_plain, parts))
 
     def fold(self, units: Tensor, side: str) -> Tensor:
-        return self.contribution.fold(units, side)
+        return self.contribution(units, side)
 
     def narrowed(self, tolerance: float) -> "NarrowedHead":
         """This head, for inference, without the levels that hardly count: a narrower product.
@@ -188,6 +189,8 @@ class ESLHead(LevelHead, Head):
             raise TypeError(f"levels of an ESLHead can be left out; this {name} has its own {replaced[0]}")
         if not ops.checks.number("tolerance", tolerance) >= 0:
             raise ValueError(f"tolerance is {tolerance}; expected a number of at least 0")
+        for name, weight in self.named_parameters():
+            ops.checks.finite(name, torch.atleast_1d(weight), wait=True)
         bounds = self.contribution.bounds().tolist()
         dropped, total = [], 0.0
         for level in sorted(range(len(bounds)), key=bounds.__getitem__)[:-1]:
@@ -234,7 +237,7 @@ class NarrowedHead(Head):
         return self.whole.plain
 
     def fold(self, units: Tensor, side: str) -> Tensor:
-        return self.whole.contribution.fold(units, side, self.levels)
+        return self.whole.contribution(units, side, self.levels)
 
 
 class CosineHead(Head):

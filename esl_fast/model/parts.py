@@ -44,7 +44,21 @@ def tensors_of(parameters: nn.ParameterList) -> list[Tensor]:
     try:
         return [by_name[str(k)] for k in range(len(parameters))]
     except KeyError:  # parametrized or pruned
+        for make in parameters._forward_pre_hooks.values():  # what pruning leaves to a call, which a list never gets
+            make(parameters, ())
         return list(parameters)
+
+
+# Methods of a part that somebody may replace on the object.
+REPLACEABLE = frozenset(("forward", "levels", "tensors", "block_units", "scales", "degrees"))
+
+
+def is_plain(part: nn.Module) -> bool:
+    """Whether a part is one of these whose calls nobody observes or replaces: then they may be worked around."""
+    if type(part) not in (HeuristicAggregator, AdaptiveAggregator, Contribution):
+        return False
+    hooks = (part._forward_pre_hooks, part._forward_hooks, part._backward_pre_hooks, part._backward_hooks)
+    return REPLACEABLE.isdisjoint(vars(part)) and not (any(hooks) or nn.modules.module._has_any_global_hook())
 
 
 class Keeper(nn.Module):
@@ -93,16 +107,9 @@ class Aggregator(Keeper):
         """All parameters, faster than :meth:`parameters`."""
         raise NotImplementedError
 
-    @staticmethod
-    def is_plain(module: nn.Module) -> bool:
-        """Whether a module is one of these whose calls nobody observes or replaces: then they may be worked around."""
-        if type(module) not in (HeuristicAggregator, AdaptiveAggregator) or "forward" in vars(module):
-            return False
-        hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-        return not (any(hooks) or nn.modules.module._has_any_global_hook())
-
     def forward(self, x: Tensor, levels: int | None = None) -> Tensor:
         """Units of ``x (..., d)``, of levels 0 to ``levels`` (default: all)."""
+        ops.checks.floating("features", x)
         if x.shape[-1:] != (self.embed_dim,):
             raise ValueError(f"features have shape {tuple(x.shape)}; expected (..., {self.embed_dim})")
         weights, cache = self.levels()
@@ -188,7 +195,7 @@ class Contribution(Keeper):
             return ops.degrees(*weights, mean=True)
         return cache.get("scales", weights, lambda given: ops.degrees(*given, mean=True))
 
-    def fold(self, units: Tensor, side: str, levels: Sequence[int] | None = None) -> Tensor:
+    def forward(self, units: Tensor, side: str, levels: Sequence[int] | None = None) -> Tensor:
         """Fold ``units`` of some levels (default: all), in the order of ``levels``."""
         if levels is None:
             return ops.fold(units, tensors_of(self.matrices), self.scales(), side=side, cache=self.cache())
@@ -201,10 +208,7 @@ class Contribution(Keeper):
         """``(L+1,)`` float64, the largest magnitude that each level can add to any similarity.
 
         ``|scale_k| * ||D_k||_2``, since units have norm at most 1; a little more for the rounding of that norm.
-        Raises ValueError for a D_k that is not finite.
         """
-        for level, matrix in enumerate(self.matrices):
-            ops.checks.finite(f"D of level {level}", matrix, wait=True)
 
         def norms_of(matrices: Sequence[Tensor]) -> Tensor:
             return torch.stack([torch.linalg.matrix_norm(m.double(), 2) for m in matrices])
@@ -239,7 +243,7 @@ class NormedContribution(nn.Module):
         compute = torch.promote_types(self.w.dtype, torch.float32)
         return [normed_matrix(*(x.to(compute) for x in level)) for level in zip(*parts, strict=True)]
 
-    def fold(self, units: Tensor, side: str) -> Tensor:
+    def forward(self, units: Tensor, side: str) -> Tensor:
         """Fold ``units``; ``side="image"`` is what stands on the left of D."""
         return ops.fold(units, self.matrices(), self.degrees(), side=side)
 
@@ -285,7 +289,10 @@ class LevelHead(nn.Module):
 
     def to_official(self) -> dict[str, Tensor]:
         """The head's weights under the official names; :meth:`from_official` restores them exactly."""
-        return official.write_head(self.state_dict(), self.aggregator, self.layout)
+        try:
+            return official.write_head(self.state_dict(), self.aggregator, self.layout)
+        except KeyError as error:
+            raise ValueError(f"{error} is no plain parameter: make its pruning or parametrization permanent") from error
 
     def extra_repr(self) -> str:
         return (

@@ -55,9 +55,9 @@ class RegionWordHead(LevelHead):
         # The caption stands on the left of D: a word is folded as the image of the global variant is.
         # What is exported has to serve all sizes.
         if is_exporting() or word_units.shape[:2].numel() <= region_units.shape[:2].numel():
-            word_units = self.contribution.fold(word_units, "image")
+            word_units = self.contribution(word_units, "image")
         else:
-            region_units = self.contribution.fold(region_units, "text")
+            region_units = self.contribution(region_units, "text")
         smooth = self.contribution.temp_scale
         smooth = smooth.to(torch.promote_types(smooth.dtype, torch.float32)).exp()
         return RegionWordScores(region_units, word_units, smooth, words.counts(), regions.lengths)

@@ -29,18 +29,23 @@ class use_backend:
 
     def __init__(self, name: str):
         checks.one_of("backend", name, BACKENDS)
-        self._name, self._previous = name, None
-        self.__enter__()
+        self._name, self._replaced, self._entered = name, [], False
+        self._choose()
+
+    def _choose(self) -> None:
+        global _active
+        self._replaced.append(_active)
+        _active = self._name
 
     def __enter__(self) -> "use_backend":
-        global _active
-        if self._previous is None:
-            self._previous, _active = _active, self._name
+        if self._entered:  # the first time it was chosen when it was made
+            self._choose()
+        self._entered = True
         return self
 
     def __exit__(self, *exc) -> None:
         global _active
-        _active, self._previous = self._previous, None
+        _active = self._replaced.pop()
 
 
 def use_kernels(*tensors: Tensor) -> bool:

@@ -18,6 +18,8 @@ def floating(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} is a {type(x).__name__}; expected a floating-point torch.Tensor")
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} has dtype {x.dtype}; expected a floating-point tensor of 16, 32 or 64 bits")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} has layout {x.layout}; expected a dense tensor")
 
 
 def one_of(name: str, value: Any, accepted: Iterable[str]) -> None:
@@ -118,7 +120,8 @@ def owners_within(owners: Tensor, images: int) -> None:
     """Every owner is one of ``images``; waits for a GPU."""
     if len(owners) and not (int(owners.min()) >= 0 and int(owners.max()) < images):
         given = f"{int(owners.min())}..{int(owners.max())}"
-        raise ValueError(f"owners holds {given}; expected image indices 0..{images - 1}")
+        expected = f"image indices 0..{images - 1}" if images else "no captions, as there are no images"
+        raise ValueError(f"owners holds {given}; expected {expected}")
 
 
 def ids_of(image_ids: Tensor | None, text_ids: Tensor | None, images: int, texts: int, device: torch.device) -> None:

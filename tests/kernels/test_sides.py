@@ -173,6 +173,17 @@ def test_what_replaces_an_aggregator_is_called(device, calls):
     assert len(calls) == 1
 
 
+def test_what_replaces_the_folding_is_called(device, calls):
+    features = [torch.randn(n, WIDTH, device=device) for n in (3, 5)]
+    head = make_head("heuristic", device)
+    forward = head.contribution.forward
+    head.contribution.forward = lambda *args: 3 * forward(*args)
+    folded = head.sides(*features)[0]
+    del head.contribution.forward
+    torch.testing.assert_close(folded, 3 * head.sides(*features)[0])
+    assert len(calls) == 1
+
+
 def test_parameters_are_found_by_name(device):
     features = [torch.randn(n, WIDTH, device=device) for n in (3, 5)]
     head = make_head("adaptive", device)
