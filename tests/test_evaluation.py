@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,6 +112,13 @@ def test_an_ensemble_ranks_the_mean_of_the_matrices(tmp_path):
     assert names == {"images": split.image_ids, "captions": split.captions, "owners": split.owners.tolist()}
 
 
+def test_a_matrix_has_a_list_of_names_to_itself(tmp_path):
+    for images in (3, 4):
+        split = arrays(np.random.default_rng(0).normal(size=(images, 6)).astype(np.float32), 1)
+        evaluate([lambda: tiny_model(0)], split, save_similarity=tmp_path / f"s.v{images}")
+    assert len(json.loads((tmp_path / "s.v3.names.json").read_text())["images"]) == 3
+
+
 def test_five_folds_average_thousand_images_each(tmp_path):
     features = np.random.default_rng(0).normal(size=(5000, 6)).astype(np.float32)
     split = arrays(features, 1)
@@ -146,6 +154,20 @@ def test_units_that_are_not_finite_are_named(side):
 def test_options_are_looked_at_before_the_work(option, message, capsys):
     assert main(["--checkpoint=nowhere", option]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("output", ["./s.npy", "../there/s.npy", "s.names.json"])
+def test_one_file_is_not_written_twice(output, tmp_path, monkeypatch, capsys):
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    assert main(["--checkpoint=nowhere", "--save-similarity=s.npy", f"--output={output}"]) == 2
+    assert f"--output {Path(output)} is a file that --save-similarity s.npy writes" in capsys.readouterr().err
+
+
+def test_a_run_is_not_evaluated_for_its_best(tmp_path, capsys):
+    save_checkpoint(tiny_model(0), tmp_path / "run" / "best")
+    assert main([f"--checkpoint={tmp_path / 'run'}"]) == 2
+    assert "did you mean" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

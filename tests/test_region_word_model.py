@@ -551,3 +551,11 @@ def test_gradients_are_no_constants_to_a_second_one():
     (gradient,) = torch.autograd.grad(head(regions, words, torch.tensor([2, 4])).sum(), [regions], create_graph=True)
     with pytest.raises(RuntimeError, match="can be differentiated once"):
         gradient.square().sum().backward()
+
+
+def test_one_region_is_no_batch():
+    tower = region_model().image_tower.train()
+    tower(torch.randn(2, 1, 6))
+    with pytest.raises(ValueError, match="batch norm takes two regions or more"):
+        tower(torch.randn(1, 3, 6), torch.tensor([1]))
+    tower.eval()(torch.randn(1, 1, 6))

@@ -23,7 +23,7 @@ import yaml
 from PIL import Image
 
 from esl_fast import load_checkpoint
-from esl_fast.data import pairs
+from esl_fast.data import DataError, pairs
 from esl_fast.evaluation.main import main as evaluate_main
 from esl_fast.model import checkpoint
 from esl_fast.training import TrainConfig, Trainer, build_data, build_model, main, seed_everything, trainer
@@ -200,6 +200,26 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_by_bit(
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def test_an_image_that_cannot_be_read_does_not_cost_the_epoch(features_root, tmp_path, monkeypatch, capsys):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert main(options(features_root, whole)) == 0
+    batches, read = 0, pairs.PairDataset.__getitems__
+
+    def damaged(self, indices):
+        nonlocal batches
+        batches += 1
+        if batches == 5:  # in the middle of an epoch
+            raise DataError("7.jpg: cannot be read")
+        return read(self, indices)
+
+    monkeypatch.setattr(pairs.PairDataset, "__getitems__", damaged)
+    assert main(options(features_root, broken)) == 2
+    told = f"7.jpg: cannot be read; step 4 of 27 is saved: once that is mended, --resume {broken / 'run'} continues"
+    assert told in capsys.readouterr().err
+    assert main([f"--resume={broken / 'run'}"]) == 0
+    assert losses(broken / "run") == losses(whole / "run")
+
+
 def test_a_run_stopped_in_its_last_evaluation_is_told_how_to_go_on(features_root, tmp_path, monkeypatch, capsys):
     def interrupted(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -212,7 +232,6 @@ def test_a_run_stopped_in_its_last_evaluation_is_told_how_to_go_on(features_root
     assert "nothing left to train" in capsys.readouterr().out
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_signal_in_a_destructor_is_not_lost(features_root, tmp_path, monkeypatch, capsys):
     class Dying:
         def __del__(self):
@@ -225,8 +244,11 @@ def test_a_signal_in_a_destructor_is_not_lost(features_root, tmp_path, monkeypat
         Dying()
         whole(self, number)
 
+    reported = []
+    monkeypatch.setattr(sys, "unraisablehook", reported.append)
     monkeypatch.setattr(Trainer, "_train_epoch", epoch)
     assert main(options(features_root, tmp_path)) == 128 + signal.SIGTERM
+    assert not reported
     assert "stopped by SIGTERM at step 1 of 27; saved" in capsys.readouterr().err
 
 
@@ -618,7 +640,7 @@ def test_a_test_that_fails_does_not_cost_the_training(pictures_root, tmp_path, c
     assert main(argv) == 2
     error = capsys.readouterr().err
     assert f"{picture}: cannot be read as an image" in error
-    assert "training is complete and saved" in error
+    assert "is saved: once that is mended, --resume" in error
     (root / "images" / picture).write_bytes(whole)
     assert main([f"--resume={tmp_path / 'run'}"]) == 0
     result = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -788,7 +810,8 @@ def test_another_folder_has_files_of_its_own(features_root, tmp_path):
 )
 def test_a_run_whose_options_are_damaged(content, message, tmp_path, capsys):
     (tmp_path / "best").mkdir()
-    (tmp_path / "best" / "config.json").write_text("{}")
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "best" / name).write_text("{}")
     (tmp_path / "train.yaml").write_text(content)
     assert evaluate_main([f"--checkpoint={tmp_path / 'best'}"]) == 2
     assert message in capsys.readouterr().err

@@ -12,7 +12,7 @@ from typing import Literal
 import yaml
 
 from esl_fast.data import LOADERS
-from esl_fast.evaluation.protocol import evaluate
+from esl_fast.evaluation.protocol import evaluate, names_file
 from esl_fast.evaluation.report import table
 from esl_fast.model import MatchingModel, ModelConfig, load_checkpoint
 from esl_fast.model.checkpoint import checkpoint_at
@@ -145,11 +145,14 @@ def run(config: EvaluateConfig) -> int:
     device = pick_device(config.device)
     if config.shortlist is not None and config.rerank is None:
         raise ValueError("--shortlist is given without --rerank: how many candidates should it find?")
-    if config.output is not None and config.output == config.save_similarity:
-        raise ValueError(f"--output and --save-similarity are both {config.output}")
-    for name, path in (("output", config.output), ("save-similarity", config.save_similarity)):
-        if path is not None:
-            check_writable(f"--{name}", Path(path))
+    matrix = None if config.save_similarity is None else Path(config.save_similarity)
+    files = [("--output", None if config.output is None else Path(config.output)), ("--save-similarity", matrix)]
+    files.append(("--save-similarity", None if matrix is None else names_file(matrix)))
+    files = [(option, path) for option, path in files if path is not None]
+    if len({path.resolve() for _, path in files}) < len(files):
+        raise ValueError(f"--output {files[0][1]} is a file that --save-similarity {matrix} writes")
+    for option, path in files:
+        check_writable(option, path)
     for path in (*(config.checkpoint or ()), config.shortlist):
         if path is not None:
             checkpoint_at(path)
@@ -180,7 +183,7 @@ def run(config: EvaluateConfig) -> int:
         batch_size=config.batch_size,
         workers=config.workers,
         precision=config.precision,
-        save_similarity=None if config.save_similarity is None else Path(config.save_similarity),
+        save_similarity=matrix,
         rerank=config.rerank,
         shortlist=None if config.shortlist is None else partial(load, config.shortlist),
     )

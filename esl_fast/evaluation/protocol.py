@@ -103,6 +103,11 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtypes[precision], enabled=precision != "fp32")
 
 
+def names_file(matrix: Path) -> Path:
+    """Where the names of a saved matrix's rows and columns go: ``s.names.json`` beside ``s.npy``."""
+    return Path(f"{str(matrix).removesuffix('.npy')}.names.json")
+
+
 def evaluate(
     models: Sequence[Callable[[], MatchingModel]],
     split: Split,
@@ -122,8 +127,8 @@ def evaluate(
             where one makes shortlists).
         split: what to evaluate on; the first five captions of each image count.
         five_folds: also average over folds of 1,000 images (COCO 1K).
-        save_similarity: ``.npy`` file for the matrix ``(N, M)``; ``.names.json`` beside it says of which images and
-            captions, and which image owns each caption.
+        save_similarity: ``.npy`` file for the matrix ``(N, M)``; :func:`names_file` beside it says of which images
+            and captions, and which image owns each caption.
         rerank: two-stage retrieval with one region-word model: a global similarity finds so many candidates a query,
             the model sorts them.
         shortlist: loads the model of the first stage; without it, the cosine of the re-ranking model's mean vectors.
@@ -173,7 +178,7 @@ def evaluate(
         sides.save_similarity(save_similarity)
         known = encoder.split  # each image with the captions that count
         names = {"images": [*map(str, known.image_ids)], "captions": known.captions, "owners": known.owners.tolist()}
-        save_similarity.with_suffix(".names.json").write_text(json.dumps(names))
+        names_file(save_similarity).write_text(json.dumps(names))
     return result
 
 

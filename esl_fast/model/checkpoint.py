@@ -1,6 +1,7 @@
 """Model files: our own (safetensors with JSON beside) and the official code's (.pth), read without running them."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,18 @@ def save_checkpoint(model: MatchingModel, folder: str | Path) -> None:
 
 
 def checkpoint_at(path: str | Path) -> Path:
-    """The folder or file that :func:`load_checkpoint` reads for a path. Raises FileNotFoundError: nothing there."""
+    """The folder or file that :func:`load_checkpoint` reads for a path.
+
+    Raises FileNotFoundError: nothing there; CheckpointError: a folder that is no checkpoint.
+    """
     found = Path(path).resolve()
     found = existing(found.parent if found.name == WEIGHTS else found)
     if not found.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    for name in (CONFIG, WEIGHTS):
+        if found.is_dir() and not (found / name).is_file():
+            hint = f"; did you mean {found / 'best'}?" if (found / "best" / name).is_file() else ""
+            raise CheckpointError(f"{found} is not a checkpoint: it has no {name}{hint}")
     return found
 
 
@@ -75,10 +83,6 @@ def load_checkpoint(path: str | Path) -> MatchingModel:
 
 
 def _load_own(folder: Path) -> MatchingModel:
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            hint = f"; did you mean {folder / 'best'}?" if (folder / "best" / name).is_file() else ""
-            raise CheckpointError(f"{folder} is not a checkpoint: it has no {name}{hint}")
     try:
         config = ModelConfig(**json.loads((folder / CONFIG).read_text()))
         weights = load_file(folder / WEIGHTS)
@@ -116,7 +120,8 @@ def read_pth(path: str | Path) -> Any:
     Raises CheckpointError, before anything has run, if the file names any other function or class.
     """
     try:
-        with torch.serialization.safe_globals([(_Inert, name) for name in KNOWN_CONFIGS]):
+        with torch.serialization.safe_globals([(_Inert, name) for name in KNOWN_CONFIGS]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of a pickle's protocol, with a request to report it
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file makes the unpickler raise
         raise CheckpointError(f"refused to load {path}: {_reason(path, error)}") from error
@@ -129,6 +134,9 @@ def _reason(path: str | Path, error: Exception) -> str:
         foreign = set()
     if foreign:
         return f"it would run {', '.join(sorted(foreign))}; only tensors and plain data are read"
+    with open(path, "rb") as file:
+        if file.read(2) != b"PK":
+            return "not a readable PyTorch checkpoint, neither an archive nor an older file of tensors and plain data"
     # Without PyTorch's advice to read it with less care.
     first_line = str(error).partition("\n")[0].partition(" Re-running")[0].partition(" In PyTorch 2.6")[0]
     return f"not a readable PyTorch checkpoint ({type(error).__name__}: {first_line})"

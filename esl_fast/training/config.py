@@ -101,7 +101,7 @@ class TrainConfig:
         logs: Folder that holds the runs.
         name: Name of this run's folder; by default made of data set, similarity, seed and time.
         resume: latest or a run's folder: continue that run where it stopped, with its configuration; options given
-            beside it override. On the command line only.
+            beside it override, in later resumes too. On the command line only.
         log_every: Steps between two lines of metrics.jsonl.
     """
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,18 +34,25 @@ class Interrupts:
             if self._signal is None:
                 # Remembered too, because Python drops what is raised in a destructor or fork hook.
                 self._signal = number
-                # Workers that the same signal ends must not raise torch's error amid a step or save.
-                previous[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                # Workers that the same signal ends must not raise torch's error amid a step or save. Not SIG_DFL, of
+                # which Python complains where one has ended already.
+                previous[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
                 if not self._inseparable:
                     raise Interrupted(number)
             elif number == signal.SIGINT:
                 raise KeyboardInterrupt  # SIGTERM may come twice from one `timeout`, a second Ctrl-C is meant
 
+        def report(dropped: Any) -> None:
+            if not isinstance(dropped.exc_value, Interrupted):
+                report_before(dropped)
+
+        report_before, sys.unraisablehook = sys.unraisablehook, report
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
                 previous[number] = signal.signal(number, handle)
             yield
         finally:
+            sys.unraisablehook = report_before
             for number, handler in previous.items():
                 signal.signal(number, handler)
 

@@ -83,6 +83,7 @@ class Trainer:
 
         Raises:
             Interrupted: on Ctrl-C or SIGTERM, after saving.
+            DataError: an image cannot be read, after saving.
             KeyboardInterrupt: on a second Ctrl-C, at once.
             FloatingPointError: the loss is not finite.
             OSError: not even a first checkpoint can be saved.
@@ -94,6 +95,11 @@ class Trainer:
             except Interrupted as interrupt:
                 interrupt.saved = self._save(LAST)
                 raise
+            except DataError as error:
+                saved = f"step {self.step} of {self.total_steps} is saved" if self._save(LAST) else "nothing is saved"
+                raise DataError(
+                    f"{str(error).rstrip()}; {saved}: once that is mended, --resume {self.run} continues"
+                ) from error
 
     def _train(self) -> None:
         self._validate_if_due()
@@ -112,19 +118,13 @@ class Trainer:
 
     def _test(self) -> dict[str, Any]:
         split = self.data.val if self.data.test is None else self.data.test
-        try:
-            result = evaluate(
-                [lambda: load_checkpoint(self.run / BEST).to(self.device)],
-                split,
-                batch_size=self.config.eval_batch_size,
-                workers=self.config.workers,
-                precision=self.config.precision,
-            )
-        except DataError as error:
-            raise DataError(
-                f"{str(error).rstrip()}; training is complete and saved: "
-                f"once that is mended, --resume {self.run} evaluates"
-            ) from error
+        result = evaluate(
+            [lambda: load_checkpoint(self.run / BEST).to(self.device)],
+            split,
+            batch_size=self.config.eval_batch_size,
+            workers=self.config.workers,
+            precision=self.config.precision,
+        )
         known = (entry for entry in read_metrics(self.run) if entry["kind"] == "test")
         if split is self.data.test and not any(entry["step"] == self.best_step for entry in known):
             self.log.write("test", self.best_step, **result["metrics"])
