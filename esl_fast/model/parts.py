@@ -50,7 +50,7 @@ def tensors_of(parameters: nn.ParameterList) -> list[Tensor]:
 
 
 # Methods of a part that somebody may replace on the object.
-REPLACEABLE = frozenset(("forward", "levels", "tensors", "block_units", "scales", "degrees"))
+REPLACEABLE = ("forward", "levels", "tensors", "block_units", "scales", "degrees")
 
 
 def is_plain(part: nn.Module) -> bool:
@@ -58,7 +58,9 @@ def is_plain(part: nn.Module) -> bool:
     if type(part) not in (HeuristicAggregator, AdaptiveAggregator, Contribution):
         return False
     hooks = (part._forward_pre_hooks, part._forward_hooks, part._backward_pre_hooks, part._backward_hooks)
-    return REPLACEABLE.isdisjoint(vars(part)) and not (any(hooks) or nn.modules.module._has_any_global_hook())
+    if any(hooks) or nn.modules.module._has_any_global_hook():
+        return False
+    return not any(name in vars(part) for name in REPLACEABLE)
 
 
 class Keeper(nn.Module):
