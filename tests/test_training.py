@@ -300,7 +300,7 @@ def test_a_wrong_override_leaves_the_run_as_it_was(features_root, tmp_path, caps
 
 
 def test_steps_mean_the_same_in_a_resumed_run(features_root, tmp_path, capsys):
-    assert main(options(features_root, tmp_path, "--name=grp/a")) == 0
+    assert main(options(features_root, tmp_path, "--name=grp/a", "--head-lr=1e-3")) == 0
     assert "parameters; 27 steps;" in capsys.readouterr().out
     resume, run = ["--resume=latest", f"--logs={tmp_path}"], tmp_path / "grp" / "a"
     before = (run / "metrics.jsonl").read_text()
