@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -19,12 +18,10 @@ def without_autocast(op: Callable) -> Callable:
 
     @functools.wraps(op)
     def run(*args: Any, **kwargs: Any) -> Any:
-        active = [device for device in DEVICES if torch.is_autocast_enabled(device)]
-        if not active:
-            return op(*args, **kwargs)
-        with ExitStack() as stack:
-            for device in active:
-                stack.enter_context(torch.autocast(device, enabled=False))
-            return op(*args, **kwargs)
+        for device in DEVICES:
+            if torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    return run(*args, **kwargs)  # the others; torch.compile knows no stack of contexts
+        return op(*args, **kwargs)
 
     return run

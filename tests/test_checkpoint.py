@@ -359,6 +359,16 @@ def test_not_a_pytorch_file(tmp_path, contents):
         esl_fast.load_checkpoint(path)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_pickle_that_is_no_archive(tmp_path):
+    path = tmp_path / "model.pth"
+    path.write_bytes(pickle.dumps({"state_dict": print}, protocol=4))
+    with pytest.raises(CheckpointError, match="neither an archive nor an older file"):
+        esl_fast.load_checkpoint(path)
+    with pytest.raises(CheckpointError, match="refused to load"):
+        checkpoint.read_pth(tmp_path)
+
+
 def test_truncated_official_file(tmp_path):
     torch.save({"state_dict": {"a": torch.zeros(9999)}}, tmp_path / "model.pth")
     truncate(tmp_path / "model.pth")

@@ -23,7 +23,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn.utils import prune
 
-from esl_fast import ESLHead, RegionWordHead, blocked, reference, similarity
+from esl_fast import ESLHead, RegionWordHead, blocked, ops, reference, similarity
 from esl_fast.model import SIMILARITIES, CosineHead, Head, make_head, official
 
 GOLDEN = [pytest.param(path, id=path.stem) for path in golden_files("clip_*.safetensors")]
@@ -421,6 +421,11 @@ def test_bad_features(similarity, bad, error, message):
         head(GOOD, bad)
 
 
+def test_units_of_a_list():
+    with pytest.raises(TypeError, match="features is a list"):
+        ESLHead(64, num_levels=4).image_units([1.0] * 64)
+
+
 def test_head_on_another_device():
     with pytest.raises(ValueError, match="different devices"):
         ESLHead(64, num_levels=4).to("meta")(GOOD, GOOD)
@@ -503,6 +508,26 @@ def test_compiles_into_one_graph(aggregator):
     torch.testing.assert_close(compiled(images, texts), head(images, texts), rtol=1e-5, atol=1e-6)
     with torch.no_grad():
         torch.testing.assert_close(compiled(images, texts), head(images, texts), rtol=1e-5, atol=1e-6)
+
+
+def some_loss(images, texts):
+    return ops.contrastive_loss(images, texts, 3.0)
+
+
+UNDER_AUTOCAST = {
+    "head": lambda: (ESLHead(16, 2, 3), torch.randn(3, 16), torch.randn(5, 16)),
+    "regions": lambda: (RegionWordHead(16, 2, 3), torch.randn(3, 2, 16), torch.randn(5, 4, 16), torch.ones(5).long()),
+    "loss": lambda: (some_loss, torch.randn(5, 16), torch.randn(5, 16)),
+    "topk": lambda: (lambda a, b: ops.topk(a, b, 2)[0], torch.randn(3, 16), torch.randn(5, 16)),
+}
+
+
+@pytest.mark.parametrize("make", UNDER_AUTOCAST.values(), ids=UNDER_AUTOCAST)
+def test_compiles_into_one_graph_under_autocast(make):
+    run, *arguments = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.compile(run, fullgraph=True, backend="eager")(*arguments)
+        torch.testing.assert_close(found, run(*arguments), rtol=1e-5, atol=1e-6)
 
 
 @either
@@ -737,6 +762,9 @@ def test_pruned_heads_train(where):
         original.copy_(torch.rand_like(original))
         after = head(images, texts)
     assert not torch.equal(before, after)
+    narrowed = head.narrowed(0)
+    for _ in range(2):
+        narrowed(images, texts).sum().backward()
     with pytest.raises(ValueError, match="is no plain parameter"):
         head.to_official()
     prune.remove(part, name)
@@ -756,6 +784,16 @@ def test_hooks_of_the_contribution_fire(aggregator):
             with torch.set_grad_enabled(grad):
                 head(*features)
         assert len(seen) == 2
+
+
+def test_scores_may_be_overridden():
+    class Doubled(CosineHead):
+        def scores(self, x, y):
+            return super().scores(x.new_ones(2, 16), y)
+
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert Doubled(16)(torch.randn(3, 16), torch.randn(5, 16)).shape == (2, 5)
 
 
 @pytest.mark.parametrize("base", [ESLHead, CosineHead])

@@ -68,6 +68,22 @@ def test_no_bound_of_what_is_not_finite(name):
         head.narrowed(0.3)
 
 
+def test_no_bound_that_is_not_finite():
+    head = sparse_head("heuristic")
+    head.contribution.temp_scale_2.data.fill_(1000.0)
+    with pytest.raises(ValueError, match="bounds of levels has non-finite values"):
+        head.narrowed(0.3)
+
+
+def test_what_is_replaced_on_a_narrowed_head_is_called():
+    narrowed, images, texts = sparse_head("heuristic").eval().narrowed(0.3), torch.randn(3, 64), torch.randn(5, 64)
+    scores = narrowed.scores
+    narrowed.scores = lambda x, y: scores(x[:1], y)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert narrowed(images.double(), texts.double()).shape == (1, 5)
+
+
 def test_the_drop_in_is_the_head():
     head = sparse_head("adaptive")
     images, texts = torch.randn(5, 64).double().requires_grad_(), torch.randn(7, 64).double()

@@ -728,6 +728,11 @@ def test_losses_are_no_constants_to_a_second_gradient(loss):
         torch.autograd.functional.hessian(lambda a: loss(a, texts), images)
 
 
+def test_owners_without_images():
+    with pytest.raises(ValueError, match="there are no images"):
+        esl_fast.retrieval_ranks(torch.ones(0, 4), torch.ones(2, 4), torch.zeros(2).long())
+
+
 def test_topk_converts_few_of_a_gallery_at_a_time(monkeypatch):
     monkeypatch.setattr(blocked.topk, "BLOCK_ELEMENTS", 40)
     sizes, update = [], blocked.topk.Best.update

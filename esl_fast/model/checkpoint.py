@@ -127,6 +127,11 @@ def read_pth(path: str | Path) -> Any:
         raise CheckpointError(f"refused to load {path}: {_reason(path, error)}") from error
 
 
+def _is_archive(path: str | Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) == b"PK"  # of a truncated one too
+
+
 def _reason(path: str | Path, error: Exception) -> str:
     try:
         foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - set(KNOWN_CONFIGS)
@@ -134,9 +139,8 @@ def _reason(path: str | Path, error: Exception) -> str:
         foreign = set()
     if foreign:
         return f"it would run {', '.join(sorted(foreign))}; only tensors and plain data are read"
-    with open(path, "rb") as file:
-        if file.read(2) != b"PK":
-            return "not a readable PyTorch checkpoint, neither an archive nor an older file of tensors and plain data"
+    if Path(path).is_file() and not _is_archive(path):
+        return "not a readable PyTorch checkpoint, neither an archive nor an older file of tensors and plain data"
     # Without PyTorch's advice to read it with less care.
     first_line = str(error).partition("\n")[0].partition(" Re-running")[0].partition(" In PyTorch 2.6")[0]
     return f"not a readable PyTorch checkpoint ({type(error).__name__}: {first_line})"

@@ -191,7 +191,9 @@ class ESLHead(LevelHead, Head):
             raise ValueError(f"tolerance is {tolerance}; expected a number of at least 0")
         for name, weight in self.named_parameters():
             ops.checks.finite(name, torch.atleast_1d(weight), wait=True)
-        bounds = self.contribution.bounds().tolist()
+        bounds = self.contribution.bounds()
+        ops.checks.finite("bounds of levels", bounds[:, None], wait=True)  # degrees may overflow
+        bounds = bounds.tolist()
         dropped, total = [], 0.0
         for level in sorted(range(len(bounds)), key=bounds.__getitem__)[:-1]:
             if total + bounds[level] > tolerance:
@@ -234,7 +236,7 @@ class NarrowedHead(Head):
 
     @property
     def plain(self) -> bool:
-        return self.whole.plain
+        return super().plain and self.whole.plain
 
     def fold(self, units: Tensor, side: str) -> Tensor:
         return self.whole.contribution(units, side, self.levels)

@@ -199,11 +199,11 @@ class Contribution(Keeper):
 
     def forward(self, units: Tensor, side: str, levels: Sequence[int] | None = None) -> Tensor:
         """Fold ``units`` of some levels (default: all), in the order of ``levels``."""
-        if levels is None:
-            return ops.fold(units, tensors_of(self.matrices), self.scales(), side=side, cache=self.cache())
-        scales = self.scales()
-        scales = torch.stack([scales[k] for k in levels])  # a list as an index would be copied, which waits for a GPU
-        return ops.fold(units, [self.matrices[k] for k in levels], scales, side=side, cache=self.cache())
+        matrices, scales = tensors_of(self.matrices), self.scales()
+        if levels is not None:
+            matrices = [matrices[k] for k in levels]
+            scales = torch.stack([scales[k] for k in levels])  # a list as an index is copied, which waits for a GPU
+        return ops.fold(units, matrices, scales, side=side, cache=self.cache())
 
     @torch.no_grad()
     def bounds(self) -> Tensor:

@@ -43,7 +43,7 @@ class ProjectedRegions(nn.Module):
         return Sequences(vectors.masked_scatter(real.unsqueeze(-1), projected), lengths)
 
     def _project(self, rows: Tensor) -> Tensor:
-        if self.training and len(rows) == 1:
+        if self.norm.training and len(rows) == 1:
             raise ValueError("batch norm takes two regions or more in training: use larger or fewer batches")
         return self.linear(rows) + self.outer(torch.relu(self.norm(self.inner(rows))))
 
