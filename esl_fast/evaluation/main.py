@@ -146,9 +146,9 @@ def run(config: EvaluateConfig) -> int:
     if config.shortlist is not None and config.rerank is None:
         raise ValueError("--shortlist is given without --rerank: how many candidates should it find?")
     matrix = None if config.save_similarity is None else Path(config.save_similarity)
-    files = [("--output", None if config.output is None else Path(config.output)), ("--save-similarity", matrix)]
-    files.append(("--save-similarity", None if matrix is None else names_file(matrix)))
-    files = [(option, path) for option, path in files if path is not None]
+    files = [] if config.output is None else [("--output", Path(config.output))]
+    if matrix is not None:
+        files += [("--save-similarity", matrix), ("--save-similarity", names_file(matrix))]
     if len({path.resolve() for _, path in files}) < len(files):
         raise ValueError(f"--output {files[0][1]} is a file that --save-similarity {matrix} writes")
     for option, path in files:

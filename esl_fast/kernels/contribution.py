@@ -402,6 +402,14 @@ def _descriptors(n: int, *operands: Tensor) -> bool:
     return n >= DESCRIPTORS_FROM and _has_descriptors(operands[0].device) and all(map(tma_ready, operands))
 
 
+def _matrix_dims(matrices: Sequence[Tensor], units: Tensor) -> tuple[int, ...]:
+    shapes = [tuple(m.shape) for m in matrices]
+    dims = tuple(shape[0] for shape in shapes)
+    if shapes != [(dim, dim) for dim in dims] or sum(dims) != units.shape[1]:
+        raise ValueError(f"matrices must be (d_k, d_k) with sum d_k = {units.shape[1]}, got {shapes}")
+    return dims
+
+
 @torch.no_grad()
 def _flat(matrices: Sequence[Tensor]) -> Tensor:
     return torch.cat([matrix.reshape(-1) for matrix in matrices])
@@ -495,7 +503,7 @@ def _launch_matrices_backward(
 def _fold(units: Tensor, matrices: list[Tensor], flat: Tensor, scales: Tensor, side: str) -> Tensor:
     """``flat`` holds the ``matrices`` one after another; their gradient goes to ``matrices``."""
     image = side == "image"
-    dims = tuple(len(matrix) for matrix in matrices)
+    dims = _matrix_dims(matrices, units)
     return _launch_fold(units, _launch_pack(flat, dims, units.dtype, image), dims, scales.contiguous())
 
 

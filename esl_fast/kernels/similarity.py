@@ -75,8 +75,9 @@ def similarity(image_units: Tensor, folded_text_units: Tensor) -> Tensor:
 
     Both float32, bfloat16 or float16, any strides, as is the result, whose rows lie a multiple of 64 elements apart.
     float32 is multiplied as float32, or as TF32 where ``torch.set_float32_matmul_precision`` allows it. Raises
-    ValueError for other shapes or dtypes, unless nothing is to be computed.
+    ValueError for other shapes or dtypes.
     """
+    check_operands(image_units, folded_text_units)
     n, m = image_units.shape[0], folded_text_units.shape[0]
     out = padded_rows(n, m, image_units.dtype, image_units.device)
     if out.numel():

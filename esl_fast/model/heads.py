@@ -10,16 +10,12 @@ from torch import Tensor, nn
 from esl_fast import ops
 from esl_fast._eager import is_exporting
 from esl_fast.model import official
-from esl_fast.model.parts import Contribution, LevelHead, is_plain, tensors_of
+from esl_fast.model.parts import Contribution, LevelHead, is_plain, replaced, tensors_of
 from esl_fast.model.region_word import RegionWordHead
 from esl_fast.model.scores import InnerProducts
 
 # Methods of a head that somebody may replace on the object.
 REPLACEABLE = ("fold", "image_units", "scores", "sides", "text_units", "block_units")
-
-
-def nothing_replaced(head: nn.Module) -> bool:
-    return not any(name in vars(head) for name in REPLACEABLE)
 
 
 class Head(nn.Module):
@@ -36,7 +32,7 @@ class Head(nn.Module):
     def plain(self) -> bool:
         """Whether nobody observes or replaces calls of its parts: then they may be worked around."""
         own = type(self)
-        return own.sides is Head.sides and own.scores is Head.scores and nothing_replaced(self)
+        return own.sides is Head.sides and own.scores is Head.scores and not replaced(self, REPLACEABLE)
 
     def image_units(self, x: Tensor) -> Tensor:
         """Units ``(N, U)`` of image features ``(N, d)``."""
@@ -169,7 +165,7 @@ class ESLHead(LevelHead, Head):
     @property
     def plain(self) -> bool:
         parts = self.image, self.text, self.contribution
-        return type(self) is ESLHead and nothing_replaced(self) and all(map(is_plain, parts))
+        return type(self) is ESLHead and not replaced(self, REPLACEABLE) and all(map(is_plain, parts))
 
     def fold(self, units: Tensor, side: str) -> Tensor:
         return self.contribution(units, side)
@@ -182,11 +178,11 @@ class ESLHead(LevelHead, Head):
         weights as they are now, once, which waits for a GPU. Raises ValueError for a negative tolerance or weights that
         are not finite, TypeError for a head whose units or folding are not an ESLHead's.
         """
-        replaced = [name for name in REPLACEABLE if getattr(type(self), name) is not getattr(ESLHead, name)]
-        replaced += [name for name in REPLACEABLE if name in vars(self)]
-        if replaced:
+        own = [name for name in REPLACEABLE if getattr(type(self), name) is not getattr(ESLHead, name)]
+        own += replaced(self, REPLACEABLE)
+        if own:
             name = type(self).__name__
-            raise TypeError(f"levels of an ESLHead can be left out; this {name} has its own {replaced[0]}")
+            raise TypeError(f"levels of an ESLHead can be left out; this {name} has its own {own[0]}")
         if not ops.checks.number("tolerance", tolerance) >= 0:
             raise ValueError(f"tolerance is {tolerance}; expected a number of at least 0")
         for name, weight in self.named_parameters():

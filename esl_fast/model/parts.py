@@ -53,6 +53,11 @@ def tensors_of(parameters: nn.ParameterList) -> list[Tensor]:
 REPLACEABLE = ("forward", "levels", "tensors", "block_units", "scales", "degrees")
 
 
+def replaced(module: nn.Module, names: Sequence[str]) -> list[str]:
+    """Which methods somebody has replaced on the object."""
+    return [name for name in names if name in vars(module)]
+
+
 def is_plain(part: nn.Module) -> bool:
     """Whether a part is one of these whose calls nobody observes or replaces: then they may be worked around."""
     if type(part) not in (HeuristicAggregator, AdaptiveAggregator, Contribution):
@@ -60,7 +65,7 @@ def is_plain(part: nn.Module) -> bool:
     hooks = (part._forward_pre_hooks, part._forward_hooks, part._backward_pre_hooks, part._backward_hooks)
     if any(hooks) or nn.modules.module._has_any_global_hook():
         return False
-    return not any(name in vars(part) for name in REPLACEABLE)
+    return not replaced(part, REPLACEABLE)
 
 
 class Keeper(nn.Module):
